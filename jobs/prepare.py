@@ -1,0 +1,8 @@
+"""`ray job submit --working-dir . -- python jobs/prepare.py CONFIG --run-dir RUN`."""
+
+import sys
+
+from refscale.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["prepare", *sys.argv[1:]]))

@@ -1,0 +1,228 @@
+"""The command line: `refscale run | prepare | score | select | train | evaluate | report | …`.
+
+Exit codes: 0 done, 1 failed, 2 bad usage or config, 3 too much of the corpus refused, 130 stopped.
+An error is one line on stderr; `--debug` shows the traceback. Results go to stdout, progress to
+stderr.
+"""
+
+import importlib.util
+import json
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+from refscale import __version__
+from refscale.config import Config, dump_config, load_config
+from refscale.errors import ConfigError, RefscaleError
+from refscale.progress import print_counts, say
+from refscale.storage import RunLock, StageFolder, Store
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Score preference pairs with the reference model, keep the clear ones, train on those.",
+)
+config_app = typer.Typer(no_args_is_help=True, help="Show the config or its JSON schema.")
+app.add_typer(config_app, name="config")
+
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="The run's config.")]
+RunDir = Annotated[
+    str, typer.Option("--run-dir", help="The run folder: a path, or s3://, gs://, abfs://.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override; the value is YAML."),
+]
+Restart = Annotated[bool, typer.Option("--restart", help="Redo the stage from nothing.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; the exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        result = app(arguments, standalone_mode=False, prog_name="refscale")
+        return result if isinstance(result, int) else 0
+    except click.ClickException as exc:
+        message = exc.format_message()
+        if message:
+            say(f"refscale: {message}")
+        return exc.exit_code
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        say("refscale: stopped; what is finished is kept, the same command resumes")
+        return 130
+    except RefscaleError as exc:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        say(f"refscale: {exc}")
+        return exc.exit_code
+    except Exception as exc:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        say(
+            f"refscale: unexpected {type(exc).__name__}: {str(exc).strip().splitlines()[-1:]};"
+            " this is a defect of refscale, --debug shows where"
+        )
+        return 1
+
+
+def _terminated(_signal: int, _frame: Any) -> None:
+    # Ray and the lock are released on the way out, as after Ctrl-C.
+    raise KeyboardInterrupt
+
+
+def _work(
+    config: str, run_dir: str, overrides: list[str] | None, stages: tuple[str, ...], restart: bool
+) -> None:
+    loaded = load_config(config, overrides)
+    # Ray and torch take seconds to import: a wrong config is answered before.
+    from refscale.pipeline import Run, run_stages
+
+    store = Store(run_dir)
+    with RunLock(store):
+        run = Run(store, loaded, restart=frozenset(stages) if restart else frozenset())
+        run_stages(run, stages)
+
+
+@app.command("run")
+def run_command(
+    config: ConfigPath,
+    run_dir: RunDir,
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """All stages; skips what is done, resumes what was begun."""
+    from refscale.pipeline import STAGES
+
+    _work(config, run_dir, overrides, STAGES, restart=False)
+
+
+def _add_stage(name: str, doc: str) -> None:
+    def command(
+        config: ConfigPath,
+        run_dir: RunDir,
+        overrides: Overrides = None,
+        restart: Restart = False,
+        debug: Debug = False,
+    ) -> None:
+        _work(config, run_dir, overrides, (name,), restart)
+
+    app.command(name, help=doc)(command)
+
+
+for _name, _doc in (
+    ("prepare", "Read, validate, encode and de-duplicate the corpus."),
+    ("score", "Compute the reference model's log-probs of every pair."),
+    ("select", "Keep the clearest pairs; needs no GPU."),
+    ("train", "DPO on the selection with the stored scores."),
+    ("evaluate", "Score the holdout with the policy."),
+    ("report", "Write report.html and report.json."),
+):
+    _add_stage(_name, _doc)
+
+
+@app.command()
+def validate(config: ConfigPath, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Check config and corpus without Ray or a GPU; print the funnel and every refusal."""
+    loaded = load_config(config, overrides)
+    from refscale.preparation import validate_sources
+
+    funnel = validate_sources(loaded)
+    for refusal in funnel.refusals:
+        print(f"{refusal.file}:{refusal.row}: {refusal.reason}: {refusal.detail}")
+    for line in funnel.sources:
+        say(line)
+    print_counts("corpus", funnel.counts.as_funnel())
+    funnel.counts.check()
+    funnel.check_refused(loaded.corpus.max_bad_fraction)
+
+
+@app.command()
+def status(run_dir: Annotated[str, typer.Argument(metavar="RUN")], debug: Debug = False) -> None:
+    """What is done, what is next, and how fast it went."""
+    store = Store(run_dir)
+    if not store.exists("config.yaml"):
+        raise ConfigError(f"{store.uri} is not a run folder: it has no config.yaml")
+    following = None
+    for stage, command in _FOLDERS:
+        folder = StageFolder(store, stage)
+        manifest = folder.manifest()
+        if manifest is None:
+            shards = folder.finished_shards() if store.exists(folder.file("STAGE.json")) else {}
+            begun = f"unfinished, {len(shards)} shard(s) done" if shards else "not done"
+            print(f"{command:<9} {begun}")
+            following = following or command
+            continue
+        damaged = folder.damaged(manifest)
+        rate = manifest["rows"] / max(manifest["seconds"], 1e-9)
+        state = f"DAMAGED: {', '.join(damaged)}" if damaged else "done"
+        speed = f", {rate:,.1f} rows/s" if manifest["rows"] else ""
+        print(
+            f"{command:<9} {state}: {manifest['rows']:,} rows in {manifest['seconds']:,.1f} s"
+            f"{speed} (finished {manifest['finished']})"
+        )
+        if damaged:
+            following = following or command
+    if not store.exists("report.html"):
+        following = following or "report"
+    print(f"next: refscale {following}" if following else "complete")
+
+
+_FOLDERS = (
+    ("corpus", "prepare"),
+    ("scores", "score"),
+    ("selection", "select"),
+    ("policy", "train"),
+    ("evaluation", "evaluate"),
+)
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """The config's JSON schema, for editors."""
+    print(json.dumps(Config.model_json_schema(), indent=2))
+
+
+@config_app.command("show")
+def config_show(config: ConfigPath, overrides: Overrides = None, debug: Debug = False) -> None:
+    """The resolved config, every default written out."""
+    print(dump_config(load_config(config, overrides)), end="")
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def bench(context: typer.Context, question: Annotated[str, typer.Argument()]) -> int:
+    """Answer a benchmark's question: scoring, selection, scale, training, cluster."""
+    folder = Path(__file__).resolve().parents[1] / "benchmarks"
+    script = folder / f"bench_{question}.py"
+    if not script.is_file():
+        known = sorted(p.stem.removeprefix("bench_") for p in folder.glob("bench_*.py"))
+        raise ConfigError(
+            f"no benchmark {question!r}; known: {', '.join(known) or 'none here'}"
+            " (they come with the repository, not with the package)"
+        )
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    assert spec is not None and spec.loader is not None, "a file that exists has a loader"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[script.stem] = module
+    spec.loader.exec_module(module)
+    return int(module.main(context.args) or 0)
+
+
+@app.command()
+def version() -> None:
+    """The version of refscale."""
+    print(__version__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

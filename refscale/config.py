@@ -1,0 +1,514 @@
+"""The config of a run: one pydantic model per stage, YAML in, resolved YAML out.
+
+Order of precedence: defaults, then the YAML file, then `--set section.key=value`. Unknown keys are
+refused and the nearest known one is named. Nothing here imports torch or ray: `refscale validate`
+and `refscale config` answer at once.
+"""
+
+import difflib
+import types
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from refscale.errors import ConfigError
+
+FORMATS = ("auto", "trl", "hh", "ultrafeedback", "helpsteer3", "columns")
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The reference model: the SFT checkpoint that DPO starts from."""
+
+    model_name_or_path: str = Field(description="Folder or hub id of the SFT checkpoint.")
+    revision: str | None = Field(None, description="Hub revision; pin a commit hash.")
+    adapter: str | None = Field(
+        None,
+        description="LoRA adapter folder that is merged into the model when it is loaded.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="auto: bfloat16 where the device computes it fast, else float32.",
+    )
+    attn_implementation: str | None = Field(
+        None,
+        description="Attention of the padded path; default: transformers' own choice.",
+    )
+    chat_template: str | None = Field(
+        None, description="Path of a Jinja chat template that replaces the tokenizer's."
+    )
+    trust_remote_code: bool = Field(False, description="Run code that ships with the model.")
+
+
+class Source(Section):
+    """One source of preference pairs: files (`path`) or a Hugging Face dataset (`dataset`)."""
+
+    path: str | None = Field(
+        None,
+        description="File, glob, folder, or s3:// gs:// URI of jsonl(.gz/.zst), json, parquet or"
+        " arrow; or a folder written by datasets' save_to_disk. Relative to the config file.",
+    )
+    dataset: str | None = Field(None, description="Hugging Face dataset id, read from the hub.")
+    subset: str | None = Field(None, description="Configuration name of the hub dataset.")
+    revision: str | None = Field(None, description="Hub revision of the dataset.")
+    split: str | None = Field(None, description="Split of a Hugging Face dataset.")
+    name: str | None = Field(None, description="Name in reports; default: from the path.")
+    format: Literal["auto", "trl", "hh", "ultrafeedback", "helpsteer3", "columns"] = Field(
+        "auto",
+        description="Shape of a row; auto: detected from the first rows, and said.",
+    )
+    columns: dict[str, str] | None = Field(
+        None,
+        description="Our column (prompt, chosen, rejected) to the source's column.",
+    )
+    max_rows: int | None = Field(None, gt=0, description="Read only the first rows; default all.")
+    weight: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Fraction of the pairs that is used, picked by pair hash.",
+    )
+    holdout: bool | None = Field(
+        None,
+        description="true: all pairs are evaluated on and never trained on; false: none is held"
+        " out; default: corpus.holdout_fraction applies.",
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Source":
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("needs exactly one of path and dataset")
+        if self.format == "columns" and not self.columns:
+            raise ValueError("format: columns needs columns: {prompt: …, chosen: …, rejected: …}")
+        unknown = set(self.columns or {}) - {"prompt", "chosen", "rejected"}
+        if unknown:
+            raise ValueError(
+                f"columns maps {', '.join(sorted(unknown))}; only prompt, chosen and rejected"
+                " can be mapped"
+            )
+        return self
+
+
+class CorpusConfig(Section):
+    """What is read, and what is refused."""
+
+    sources: list[Source] = Field(min_length=1, description="Read in this order.")
+    holdout_fraction: float = Field(
+        0.05,
+        ge=0,
+        lt=1,
+        description="Share of prompts kept for evaluation, by prompt hash.",
+    )
+    duplicates: Literal["drop", "keep"] = Field(
+        "drop",
+        description="drop: the first of equal pairs is kept, the others are counted.",
+    )
+    contradictions: Literal["keep", "drop"] = Field(
+        "keep",
+        description="Pairs that also occur with sides swapped; drop removes both.",
+    )
+    max_bad_fraction: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="More refused rows than this end the run with exit code 3.",
+    )
+    allow_empty_completion: bool = Field(
+        False, description="Keep pairs with an empty completion (it is then EOS alone)."
+    )
+    max_row_bytes: int = Field(
+        10_000_000,
+        gt=0,
+        description="A row larger than this many bytes is quarantined.",
+    )
+    shard_pairs: int = Field(
+        2000,
+        gt=0,
+        description="Pairs per shard, about: the unit of work, retry and resume.",
+    )
+    seed: int = Field(0, description="Seed of the holdout split and of source weights.")
+
+
+class EncodingConfig(Section):
+    """How a pair becomes token ids; TRL's names and rules."""
+
+    max_length: int = Field(1024, gt=1, description="Tokens of prompt + completion kept.")
+    truncation: Literal["keep_start", "quarantine"] = Field(
+        "keep_start",
+        description="keep_start: cut a longer sequence at max_length, as TRL does; quarantine:"
+        " refuse the pair.",
+    )
+
+
+class ScoreConfig(Section):
+    """The scoring pass."""
+
+    path: Literal["auto", "packed", "padded"] = Field(
+        "auto",
+        description="auto: packed where the model is served exactly, else padded.",
+    )
+    token_budget: int | None = Field(
+        None, gt=0, description="Tokens per forward; default: from the device's memory."
+    )
+    quantization: Literal["8bit", "4bit"] | None = Field(
+        None, description="Load the reference model quantised; changes the scores."
+    )
+    max_attempts: int = Field(
+        3,
+        gt=0,
+        description="Attempts at a shard whose actor dies before the run fails.",
+    )
+    stalled_after_s: float = Field(
+        1800,
+        gt=0,
+        description="Seconds without any finished shard after which the run fails.",
+    )
+
+
+class SelectConfig(Section):
+    """Which pairs are trained on."""
+
+    strategy: Literal[
+        "mean_margin",
+        "margin",
+        "abs_mean_margin",
+        "abs_margin",
+        "length_adjusted_margin",
+        "ppl_gap",
+        "required_loss",
+        "random",
+    ] = Field("mean_margin", description="The selection key; see the guide on selection.")
+    keep: Literal["largest", "smallest", "middle", "band"] = Field("largest")
+    fraction: float | None = Field(None, gt=0, le=1, description="Share kept; default 0.5.")
+    count: int | None = Field(None, gt=0, description="Pairs kept.")
+    threshold: float | None = Field(None, description="Keys from here on are kept.")
+    band: tuple[float, float] | None = Field(
+        None,
+        description="Quantiles (low, high) of the key between which pairs are kept.",
+    )
+    per_source: bool = Field(False, description="Select within each source on its own.")
+    beta: float = Field(0.1, gt=0, description="DPO's beta, for required_loss.")
+    seed: int = Field(0, description="Seed of the strategy random.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_size(cls, data: Any) -> Any:
+        if isinstance(data, dict) and all(
+            data.get(key) is None for key in ("fraction", "count", "threshold", "band")
+        ):
+            return {**data, "fraction": 0.5}
+        return data
+
+    @model_validator(mode="after")
+    def _one_size(self) -> "SelectConfig":
+        sizes = [
+            k for k in ("fraction", "count", "threshold", "band") if getattr(self, k) is not None
+        ]
+        if len(sizes) > 1:
+            raise ValueError(f"got {' and '.join(sizes)}; give exactly one")
+        if (self.keep == "band") != (self.band is not None):
+            raise ValueError("keep: band and band: [low, high] go together")
+        if self.band is not None and not 0 <= self.band[0] < self.band[1] <= 1:
+            raise ValueError(f"band must be 0 <= low < high <= 1, got {list(self.band)}")
+        if self.threshold is not None and self.keep not in ("largest", "smallest"):
+            raise ValueError(f"threshold goes with keep largest or smallest, not {self.keep}")
+        return self
+
+
+class TrainConfig(Section):
+    """DPO on the selection; TRL's names where the meaning is TRL's."""
+
+    num_workers: int = Field(1, gt=0, description="Ray Train workers (data-parallel ranks).")
+    deepspeed: (
+        Literal["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"] | dict[str, Any] | None
+    ) = Field("zero2", description="A preset, a DeepSpeed config, or null for plain DDP.")
+    beta: float = Field(0.1, gt=0)
+    loss_type: str = Field("sigmoid", description="A TRL loss that takes summed log-probs.")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    learning_rate: float = Field(1e-6, gt=0)
+    lr_scheduler_type: str = "linear"
+    warmup_ratio: float = Field(0.1, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    num_train_epochs: float = Field(1.0, gt=0)
+    max_steps: int = Field(-1, description="Optimizer steps; -1: from num_train_epochs.")
+    per_device_train_batch_size: int = Field(8, gt=0, description="Pairs per worker and step.")
+    gradient_accumulation_steps: int = Field(1, gt=0)
+    gradient_checkpointing: bool = False
+    bf16: bool | None = Field(
+        None,
+        description="Compute in bfloat16; default: what the scores were computed in.",
+    )
+    order: Literal["shuffled", "easy_to_hard"] = Field(
+        "shuffled", description="easy_to_hard: by selection key, clearest pairs first."
+    )
+    packed: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Shared-prefix packed steps; auto: where the model is served exactly.",
+    )
+    peft: dict[str, Any] | None = Field(None, description="LoraConfig fields, e.g. {r: 16}.")
+    seed: int = 42
+    logging_steps: int = Field(1, gt=0)
+    save_steps: int = Field(100, gt=0, description="Optimizer steps between checkpoints.")
+    save_total_limit: int = Field(2, gt=0, description="Checkpoints kept.")
+    report_to: list[str] = Field(default_factory=list, description="tensorboard, wandb, …")
+    max_failures: int = Field(3, ge=0, description="Worker failures survived from checkpoints.")
+    start_check_pairs: int = Field(
+        8,
+        ge=0,
+        description="Pairs whose stored sums are compared with the policy's at step 0.",
+    )
+    trl: dict[str, Any] = Field(default_factory=dict, description="Other DPOConfig fields.")
+
+
+class EvaluateConfig(Section):
+    """Holdout evaluation."""
+
+    max_pairs: int | None = Field(None, gt=0, description="At most this many holdout pairs.")
+    flipped_column: str | None = Field(
+        None,
+        description="Passthrough column that is true where a label is known to be wrong; the"
+        " report then shows the label purity of corpus, selection and a random control.",
+    )
+
+
+class Replicas(Section):
+    """Bounds of an elastic pool of scoring replicas."""
+
+    min: int = Field(1, gt=0)
+    max: int = Field(1, gt=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Replicas":
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is larger than max {self.max}")
+        return self
+
+
+class RayConfig(Section):
+    """Where it runs."""
+
+    address: str | None = Field(
+        None, description="Ray address; default: RAY_ADDRESS, else an embedded Ray."
+    )
+    num_cpus: int | None = Field(None, gt=0, description="Logical CPUs of an embedded Ray.")
+    replicas: int | Replicas = Field(
+        1, description="Scoring replicas, or {min, max} to follow the cluster."
+    )
+    cpus_per_replica: float = Field(1, gt=0)
+    gpus_per_replica: float | None = Field(
+        None, ge=0, description="Default: 1 where the cluster has GPUs, else 0."
+    )
+    cpus_per_worker: float = Field(1, gt=0, description="CPUs of a training worker.")
+    gpus_per_worker: float | None = Field(
+        None, ge=0, description="Default: 1 where the cluster has GPUs, else 0."
+    )
+    cpus_per_task: float = Field(1, gt=0, description="CPUs of a reading or writing task.")
+
+    @field_validator("replicas")
+    @classmethod
+    def _positive(cls, value: "int | Replicas") -> "int | Replicas":
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"replicas must be at least 1, got {value}")
+        return value
+
+    def replica_bounds(self) -> tuple[int, int]:
+        """Smallest and largest number of scoring replicas."""
+        if isinstance(self.replicas, int):
+            return self.replicas, self.replicas
+        return self.replicas.min, self.replicas.max
+
+
+class Config(Section):
+    """The whole config."""
+
+    model: ModelConfig
+    corpus: CorpusConfig
+    encoding: EncodingConfig = Field(default_factory=EncodingConfig)
+    score: ScoreConfig = Field(default_factory=ScoreConfig)
+    select: SelectConfig = Field(default_factory=lambda: SelectConfig.model_validate({}))
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    ray: RayConfig = Field(default_factory=RayConfig)
+
+
+def load_config(path: str, overrides: list[str] | None = None) -> Config:
+    """Read a YAML config and apply `section.key=value` overrides, whose values are YAML.
+
+    Local source and model paths are made absolute: relative ones are relative to the config file.
+
+    Raises:
+        ConfigError: The file cannot be read or parsed, a key is unknown (the nearest is named) or
+            a value is out of its range. One line per defect.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"cannot read the config {path}: {exc}") from exc
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as exc:
+        where = getattr(exc, "problem_mark", None)
+        at = f" at line {where.line + 1}" if where else ""
+        raise ConfigError(f"{path} is not YAML{at}: {getattr(exc, 'problem', exc)}") from exc
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} must be a mapping of sections, got {type(data).__name__}")
+    for override in overrides or []:
+        _apply_override(data, override)
+    config = parse_config(data, path)
+    return _absolute_paths(config, Path(path).resolve().parent)
+
+
+def parse_config(data: dict[str, Any], origin: str = "config") -> Config:
+    """A Config from plain data.
+
+    Raises:
+        ConfigError: As `load_config`.
+    """
+    try:
+        return Config.model_validate(data)
+    except ValidationError as exc:
+        lines = [_explain(error) for error in exc.errors()]
+        raise ConfigError(f"{origin}: " + "; ".join(dict.fromkeys(lines))) from exc
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set needs section.key=value, got {override!r}")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as exc:
+        raise ConfigError(f"--set {key}: {value!r} is not a YAML value") from exc
+    # YAML 1.1 reads 1e-5 as a string: a float without a dot.
+    if isinstance(parsed, str):
+        try:
+            parsed = float(parsed) if "e" in parsed.lower() else parsed
+        except ValueError:
+            pass
+    parts = key.strip().split(".")
+    node: Any = data
+    for i, part in enumerate(parts[:-1]):
+        if isinstance(node, list):
+            node = _item(node, part, key)
+            continue
+        if not isinstance(node.get(part), (dict, list)):
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, (dict, list)):
+            raise ConfigError(f"--set {key}: {'.'.join(parts[: i + 1])} is not a section")
+    if isinstance(node, list):
+        _item(node, parts[-1], key)
+        node[int(parts[-1])] = parsed
+    else:
+        node[parts[-1]] = parsed
+    # One size of a selection replaces another: an override need not null the config's own.
+    sizes = ("fraction", "count", "threshold")
+    if (
+        parts[0] == "select"
+        and parts[-1] in sizes
+        and isinstance(node, dict)
+        and parsed is not None
+    ):
+        for other in sizes:
+            if other != parts[-1]:
+                node.pop(other, None)
+
+
+def _item(items: list[Any], part: str, key: str) -> Any:
+    if not part.isdigit() or int(part) >= len(items):
+        raise ConfigError(f"--set {key}: {part!r} is not an index below {len(items)}")
+    return items[int(part)]
+
+
+def _explain(error: Any) -> str:
+    """One line for one pydantic error: key, value, rule, nearest name."""
+    location = [
+        p for p in error["loc"] if isinstance(p, int) or not p.startswith(("function", "dict["))
+    ]
+    dotted = ".".join(str(part) for part in location)
+    if error["type"] == "extra_forbidden":
+        known = _fields_at(location[:-1])
+        nearest = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(known)}"
+        return f"unknown key {dotted}; {hint}"
+    if error["type"] == "missing":
+        return f"{dotted} is required"
+    message = error["msg"].removeprefix("Value error, ")
+    got = error.get("input")
+    shown = "" if isinstance(got, (dict, BaseModel)) else f", got {got!r}"
+    return f"{dotted}: {message[0].lower() + message[1:]}{shown if 'got' not in message else ''}"
+
+
+def _fields_at(location: list[Any]) -> list[str]:
+    """Names of the fields of the model that `location` leads to."""
+    model: Any = Config
+    for part in location:
+        if isinstance(part, int) or model is None:
+            continue
+        if part not in model.model_fields:
+            continue  # a union's member name
+        model = _model_in(model.model_fields[part].annotation)
+    return list(model.model_fields) if model is not None else []
+
+
+def _model_in(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (list, Union, types.UnionType, Annotated):
+        for arg in get_args(annotation):
+            found = _model_in(arg)
+            if found is not None:
+                return found
+    return None
+
+
+def _absolute_paths(config: Config, base: Path) -> Config:
+    def absolute(path: str) -> str:
+        if "://" in path or Path(path).is_absolute():
+            return path
+        return (
+            str(base / Path(path).expanduser())
+            if not path.startswith("~")
+            else str(Path(path).expanduser())
+        )
+
+    sources = [
+        source.model_copy(update={"path": absolute(source.path)}) if source.path else source
+        for source in config.corpus.sources
+    ]
+    model = config.model
+    # A hub id looks like a relative path; it is one only if the folder is there.
+    changes: dict[str, Any] = {}
+    for key in ("model_name_or_path", "adapter", "chat_template"):
+        value = getattr(model, key)
+        if value is None:
+            continue
+        candidate = absolute(value)
+        if key == "chat_template" or Path(candidate).exists() or value.startswith((".", "~", "/")):
+            changes[key] = candidate
+    return config.model_copy(
+        update={
+            "corpus": config.corpus.model_copy(update={"sources": sources}),
+            "model": model.model_copy(update=changes),
+        }
+    )

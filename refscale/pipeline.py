@@ -1,0 +1,534 @@
+"""The stages of a run on Ray, in the order in which data flows. The table of contents of refscale.
+
+    prepare    sources -> corpus/ (shards of encoded pairs) and quarantine/
+    score      corpus/ -> scores/, one reference model per actor
+    select     scores/ -> selection/, the exact global top-k
+    train      selection/ -> policy/, DPO with the stored scores and no reference model
+    evaluate   holdout of corpus/ -> evaluation/, scored by the policy
+    report     everything -> report.html and report.json
+
+Every stage takes the run, skips itself when it is done, refuses a folder made with other settings,
+resumes what was begun, and returns its manifest. Ray is used here, in ray_runtime.py and in
+ray_train.py, and nowhere else.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from refscale import evaluation, fragments, preparation, schema, scoring, selecting, summary
+from refscale.config import Config, dump_config
+from refscale.errors import EvaluationError, ScoringError
+from refscale.progress import StageProgress, print_counts, print_table, say
+from refscale.ray_runtime import ClusterInfo, Step, connect, disconnect, run_graph
+from refscale.ray_train import read_log, train_on_ray
+from refscale.storage import FileRecord, StageFolder, Store, digest, model_fingerprint
+
+STAGES = ("prepare", "score", "select", "train", "evaluate", "report")
+
+
+@dataclass
+class Run:
+    """A run folder, its config, and the Ray it works on (connected to when first needed)."""
+
+    store: Store
+    config: Config
+    restart: frozenset[str] = frozenset()
+    _cluster: ClusterInfo | None = field(default=None, repr=False)
+
+    def folder(self, stage: str) -> StageFolder:
+        """A stage's folder."""
+        return StageFolder(self.store, stage)
+
+    @property
+    def cluster(self) -> ClusterInfo:
+        """The Ray cluster; connects to it or starts it."""
+        if self._cluster is None:
+            ray = self.config.ray
+            self._cluster = connect(
+                ray.address,
+                num_cpus=ray.num_cpus,
+                replicas=max(ray.replica_bounds()[1], self.config.train.num_workers),
+                cpus_per_replica=max(ray.cpus_per_replica, ray.cpus_per_worker),
+            )
+        return self._cluster
+
+    def gpus(self, asked: float | None) -> float:
+        """GPUs of a replica or worker: as asked for, else 1 where the cluster has any."""
+        return asked if asked is not None else float(self.cluster.gpus > 0)
+
+    def threads(self, processes: int, cpus_each: float) -> int | None:
+        """Threads of torch in each process; None leaves it to torch and Ray.
+
+        An embedded Ray declares more logical CPUs than there are cores, so the cores are shared
+        out among the processes instead. Ray itself would give each one thread per logical CPU.
+        """
+        if self.cluster.embedded:
+            return max(1, int(cpus_each), self.cluster.physical_cores // processes)
+        return max(1, int(cpus_each))
+
+
+def run_stages(run: Run, stages: Sequence[str] = STAGES) -> None:
+    """Run the named stages in order. The run's lock must be held."""
+    run.store.write_bytes("config.yaml", dump_config(run.config).encode())
+    try:
+        for name in stages:
+            _STAGE_FUNCTIONS[name](run)
+    finally:
+        disconnect()
+
+
+# -- prepare -------------------------------------------------------------------------------------
+
+
+def prepare(run: Run) -> dict[str, Any]:
+    """Read, validate, encode and de-duplicate the sources into shards.
+
+    A map over read units writes fragments sorted by prompt hash; a merge over ranges of that hash
+    writes the shards. All pairs of a prompt meet in one range, so duplicates are found exactly
+    without collecting rows anywhere, and shared prompts are adjacent in a shard.
+
+    Raises:
+        CorpusError: A source cannot be read.
+        TooManyRefusedError: More than corpus.max_bad_fraction of the rows was refused.
+    """
+    started = time.monotonic()
+    config, folder, refused = run.config, run.folder("corpus"), run.folder("quarantine")
+    plan = preparation.plan(config)
+    restart = "prepare" in run.restart
+    done = folder.begin(plan.fingerprint, restart=restart)
+    refused.begin(plan.fingerprint, restart=restart)
+    if done:
+        return _skipped(folder)
+    for line in plan.said:
+        say(f"prepare   {line}")
+    _ = run.cluster
+    step_cpus = config.ray.cpus_per_task
+
+    parts = StageFolder(run.store, "corpus/fragments")
+    finished = parts.finished_shards()
+    records = list(finished.values())
+    todo = [
+        {"unit": i, "fragment": name}
+        for i, name in enumerate(fragments.names(len(plan.units)))
+        if name not in finished
+    ]
+    with StageProgress("prepare", None, "rows") as progress:
+        progress.advance(sum(record.counts["counts"]["read"] for record in records))
+        read = Step(fragments.read_unit(plan, parts, refused), num_cpus=step_cpus)
+        for record in _records(run_graph(todo, [read])):
+            records.append(record)
+            progress.advance(record.counts["counts"]["read"])
+    counts = preparation.Counts.total(record.counts["counts"] for record in records)
+    refused.finish(
+        plan.fingerprint,
+        [FileRecord.from_dict(record.counts["quarantine"]) for record in records],
+        counts=counts.quarantined,
+        seconds=time.monotonic() - started,
+    )
+    preparation.check_refused(counts, config.corpus.max_bad_fraction, run.store.uri)
+
+    buckets = fragments.plan_buckets(records, config.corpus.shard_pairs)
+    shards = fragments.complete_buckets(folder.finished_shards())
+    ordered = sorted(records, key=lambda record: record.name)
+    merge = Step(fragments.merge_bucket(plan, parts, folder, ordered), num_cpus=step_cpus)
+    todo = [asdict(bucket) for bucket in buckets if bucket.bucket not in shards]
+    for result in run_graph(todo, [merge]):
+        found = [FileRecord.from_dict(record) for record in json.loads(result["records"])]
+        shards[result["bucket"]] = found
+    files = [record for found in shards.values() for record in found if record.rows]
+    counts = preparation.Counts.total(
+        [counts.as_dict(), *(r.counts["counts"] for found in shards.values() for r in found)]
+    )
+    counts.check()
+    manifest = folder.finish(
+        plan.fingerprint,
+        files,
+        counts=counts.as_dict(),
+        seconds=time.monotonic() - started,
+        details={"sources": plan.said},
+    )
+    run.store.delete("corpus/fragments")
+    print_counts("corpus", counts.as_funnel())
+    return manifest
+
+
+# -- score ---------------------------------------------------------------------------------------
+
+
+def score(run: Run) -> dict[str, Any]:
+    """Compute the reference model's log-probs of every pair, shard by shard.
+
+    Raises:
+        ScoringError: Workers die more often than score.max_attempts allows.
+    """
+    started = time.monotonic()
+    config, corpus, folder = run.config, run.folder("corpus"), run.folder("scores")
+    parent = corpus.require()
+    settings = _scorer_settings(run)
+    fingerprint = {
+        "corpus": parent["identity"],
+        "model": model_fingerprint(config.model.model_name_or_path, config.model.revision),
+        "adapter": config.model.adapter and model_fingerprint(config.model.adapter, None),
+        "dtype": settings.dtype,
+        "path": settings.path,
+        "quantization": settings.quantization,
+        "attn_implementation": settings.attn_implementation,
+        "engine": scoring.engine_version(),
+    }
+    if folder.begin(fingerprint, restart="score" in run.restart):
+        return _skipped(folder)
+    shards = {_stem(file["name"]): file["rows"] for file in parent["files"]}
+    records = _score_shards(
+        run,
+        "score",
+        settings,
+        shards,
+        folder,
+        scoring.read_pairs(corpus),
+        scoring.publish_scores(folder),
+    )
+    unscorable = [pair for record in records for pair in record.counts["unscorable"]]
+    counts = {
+        "pairs": sum(record.counts["pairs"] for record in records),
+        "scored": sum(record.rows for record in records),
+        "unscorable": _tally(reason for _, reason in unscorable),
+    }
+    if counts["pairs"] != counts["scored"] + len(unscorable) or counts["pairs"] != parent["rows"]:
+        raise ScoringError(f"the counts of the scored pairs do not add up: {counts}")
+    if not counts["scored"]:
+        raise ScoringError(f"none of the {counts['pairs']} pairs could be scored: {counts}")
+    details = summary.scoring_details(records, time.monotonic() - started)
+    manifest = folder.finish(
+        fingerprint, records, counts=counts, seconds=time.monotonic() - started, details=details
+    )
+    print_table("scores", summary.scoring_lines(counts, details))
+    return manifest
+
+
+def _score_shards(
+    run: Run,
+    label: str,
+    settings: scoring.ScorerSettings,
+    shards: dict[str, int],
+    folder: StageFolder,
+    read: Callable[[dict[str, Any]], dict[str, Any]],
+    publish: Callable[[dict[str, Any]], dict[str, Any]],
+) -> list[FileRecord]:
+    """Score the shards that `folder` lacks, on a pool of replicas; the records of all of them."""
+    config = run.config
+    finished = folder.finished_shards()
+    records = [record for name, record in finished.items() if name in shards]
+    todo = [{"shard": name} for name in shards if name not in finished]
+    # Long shards last would leave the other replicas idle.
+    todo.sort(key=lambda item: -shards[item["shard"]])
+    cpus = config.ray.cpus_per_task
+    steps = [
+        Step(read, num_cpus=cpus),
+        Step(
+            scoring.ShardScorer,
+            options={"settings": settings},
+            pool=config.ray.replica_bounds(),
+            num_cpus=config.ray.cpus_per_replica,
+            num_gpus=run.gpus(config.ray.gpus_per_replica),
+            attempts=config.score.max_attempts,
+        ),
+        Step(publish, num_cpus=cpus),
+    ]
+    with StageProgress(label, sum(shards.values()), "pairs") as progress:
+        progress.advance(sum(record.counts["pairs"] for record in records))
+        for record in _records(
+            run_graph(todo, steps, stalled_after_s=config.score.stalled_after_s)
+        ):
+            records.append(record)
+            stats = record.counts["stats"]
+            speed = stats["useful_tokens"] / max(record.counts["seconds"], 1e-9)
+            progress.advance(record.counts["pairs"], f"{speed:,.0f} tokens/s a replica")
+    return sorted(records, key=lambda record: record.name)
+
+
+def _scorer_settings(run: Run) -> scoring.ScorerSettings:
+    config = run.config
+    replicas = config.ray.replica_bounds()[1]
+    return scoring.ScorerSettings(
+        model_name_or_path=config.model.model_name_or_path,
+        revision=config.model.revision,
+        # One dtype for all replicas: a pool of unlike machines must not mix them.
+        dtype=scoring.resolve_dtype(
+            config.model.dtype, cuda=run.gpus(config.ray.gpus_per_replica) > 0
+        ),
+        path=config.score.path,
+        token_budget=config.score.token_budget,
+        trust_remote_code=config.model.trust_remote_code,
+        attn_implementation=config.model.attn_implementation,
+        adapter=config.model.adapter,
+        quantization=config.score.quantization,
+        num_threads=run.threads(replicas, config.ray.cpus_per_replica),
+    )
+
+
+# -- select --------------------------------------------------------------------------------------
+
+
+def select(run: Run) -> dict[str, Any]:
+    """Keep the clearest pairs of the training split, exactly.
+
+    Raises:
+        SelectionError: The selection is impossible, for example more pairs than there are.
+    """
+    started = time.monotonic()
+    config, corpus, scores, folder = (
+        run.config,
+        run.folder("corpus"),
+        run.folder("scores"),
+        run.folder("selection"),
+    )
+    parent = scores.require()
+    fingerprint = {"scores": parent["identity"], "select": config.select.model_dump()}
+    if folder.begin(fingerprint, restart="select" in run.restart):
+        return _skipped(folder)
+    names = [_stem(file["name"]) for file in parent["files"]]
+    decision, facts = selecting.decide(scores, names, config.select)
+    _ = run.cluster
+    keep = Step(
+        selecting.keep_pairs(corpus, scores, folder, decision, config.select),
+        num_cpus=config.ray.cpus_per_task,
+    )
+    finished = folder.finished_shards()
+    records = [record for name, record in finished.items() if name in names]
+    todo = [{"shard": name} for name in names if name not in finished]
+    with StageProgress("select", len(names), "shards") as progress:
+        progress.advance(len(records))
+        for record in _records(run_graph(todo, [keep])):
+            records.append(record)
+            progress.advance(1)
+    selecting.check(records, decision)
+    record = folder.publish_bytes("selection.json", selecting.to_json(decision, facts))
+    manifest = folder.finish(
+        fingerprint,
+        [*records, record],
+        counts={"kept": sum(r.rows for r in records), "of": facts["num_pairs"]},
+        seconds=time.monotonic() - started,
+        details=facts,
+    )
+    print_table("selection", summary.selection_lines(facts))
+    return manifest
+
+
+# -- train ---------------------------------------------------------------------------------------
+
+
+def train(run: Run) -> dict[str, Any]:
+    """DPO on the selection with the stored scores; the policy goes to policy/.
+
+    Raises:
+        TrainingError: The start check fails, the loss is not finite, or workers keep dying.
+    """
+    from refscale.training import WorkerSettings
+
+    started = time.monotonic()
+    config, folder, policy = run.config, run.folder("training"), run.folder("policy")
+    selected, scores = run.folder("selection").require(), run.folder("scores").require()
+    options = config.train.model_dump()
+    changes_nothing = ("max_failures", "logging_steps", "save_total_limit", "report_to")
+    fingerprint = {
+        "selection": selected["identity"],
+        "model": scores["fingerprint"]["model"],
+        "max_length": config.encoding.max_length,
+        "train": {key: value for key, value in options.items() if key not in changes_nothing},
+    }
+    restart = "train" in run.restart
+    done = policy.begin(fingerprint, restart=restart)
+    folder.begin(fingerprint, restart=restart)
+    if done:
+        return _skipped(policy)
+    settings = WorkerSettings(
+        train=options,
+        model_name_or_path=config.model.model_name_or_path,
+        selection_files=[f"selection/{file['name']}" for file in selected["files"] if file["rows"]],
+        output_dir="",
+        policy_dir="",
+        max_length=config.encoding.max_length,
+        bf16=config.train.bf16
+        if config.train.bf16 is not None
+        else scores["fingerprint"]["dtype"] == "bfloat16",
+        revision=config.model.revision,
+        adapter=config.model.adapter,
+        attn_implementation=config.model.attn_implementation,
+        chat_template=config.model.chat_template,
+        trust_remote_code=config.model.trust_remote_code,
+        quantization=config.score.quantization,
+        easiest="smallest" if config.select.keep == "smallest" else "largest",
+        fingerprint=digest(fingerprint),
+    )
+    workers = config.train.num_workers
+    with _TrainingProgress(folder):
+        metrics = train_on_ray(
+            settings,
+            folder,
+            policy,
+            name=f"dpo-{digest(fingerprint)[:12]}",
+            num_workers=workers,
+            cpus_per_worker=config.ray.cpus_per_worker,
+            gpus_per_worker=run.gpus(config.ray.gpus_per_worker),
+            threads=run.threads(workers, config.ray.cpus_per_worker),
+            max_failures=config.train.max_failures,
+            checkpoints_kept=config.train.save_total_limit,
+        )
+    seconds = time.monotonic() - started
+    counts = {"pairs": selected["counts"]["kept"], "steps": metrics.get("steps")}
+    folder.finish(
+        fingerprint,
+        folder.adopt(["log.jsonl"]),
+        counts=counts,
+        seconds=seconds,
+        details=metrics,
+    )
+    manifest = policy.finish(
+        fingerprint, policy.adopt(), counts=counts, seconds=seconds, details=metrics
+    )
+    print_table("policy", summary.training_lines(metrics, seconds))
+    return manifest
+
+
+class _TrainingProgress:
+    """Shows the training log's last row while `TorchTrainer.fit` blocks."""
+
+    def __init__(self, folder: StageFolder) -> None:
+        self._folder, self._stop = folder, threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="training-progress", daemon=True)
+
+    def __enter__(self) -> "_TrainingProgress":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        shown = 0
+        while not self._stop.wait(3.0):
+            rows = read_log(self._folder)
+            if rows and rows[-1].get("step", 0) != shown:
+                shown = rows[-1].get("step", 0)
+                say("train     " + summary.training_line(rows[-1]))
+
+
+# -- evaluate ------------------------------------------------------------------------------------
+
+
+def evaluate(run: Run) -> dict[str, Any]:
+    """Score the holdout with the policy and compare with the reference.
+
+    Raises:
+        EvaluationError: There is no holdout.
+    """
+    started = time.monotonic()
+    config, corpus, scores, folder = (
+        run.config,
+        run.folder("corpus"),
+        run.folder("scores"),
+        run.folder("evaluation"),
+    )
+    prepared, scored, policy = (
+        corpus.require(),
+        scores.require(),
+        run.folder("policy").require(),
+    )
+    selected = run.folder("selection").require()
+    fingerprint = {
+        "policy": policy["identity"],
+        "scores": scored["identity"],
+        "evaluate": config.evaluate.model_dump(),
+        "beta": config.train.beta,
+    }
+    if folder.begin(fingerprint, restart="evaluate" in run.restart):
+        return _skipped(folder)
+    held = {
+        _stem(file["name"]): file["counts"]["holdout"]
+        for file in prepared["files"]
+        if file["counts"]["holdout"]
+    }
+    if not held:
+        say("evaluate  no holdout: set corpus.holdout_fraction or mark a source holdout: true")
+    settings = _scorer_settings(run).for_policy(f"{run.store.uri}/policy")
+    last = summary.last_holdout_id(scores, held, config.evaluate.max_pairs)
+    records = _score_shards(
+        run,
+        "evaluate",
+        settings,
+        held,
+        folder,
+        scoring.read_pairs(corpus, holdout_up_to=last),
+        scoring.publish_evaluation(folder, scores),
+    )
+    facts: dict[str, Any] = {"beta": config.train.beta}
+    if held:
+        table = summary.read_all(folder, records, schema.EVALUATION)
+        if not table.num_rows:
+            raise EvaluationError("none of the holdout pairs could be scored by the policy")
+        facts.update(evaluation.evaluate_pairs(table, config.train.beta, seed=config.train.seed))
+    if config.evaluate.flipped_column:
+        facts["purity"] = selecting.purity(
+            corpus, scores, selected, config.select, config.evaluate.flipped_column
+        )
+    manifest = folder.finish(
+        fingerprint,
+        records,
+        counts={"pairs": sum(record.rows for record in records)},
+        seconds=time.monotonic() - started,
+        details=facts,
+    )
+    print_table("evaluation", summary.evaluation_lines(facts))
+    return manifest
+
+
+# -- report --------------------------------------------------------------------------------------
+
+
+def report(run: Run) -> dict[str, Any]:
+    """Write report.html and report.json from what is there; also for an unfinished run."""
+    from refscale.report import render_html, report_json
+
+    data = summary.collect(run.store, run.config)
+    values = report_json(data)
+    run.store.write_json("report.json", values)
+    run.store.write_bytes("report.html", render_html(data).encode())
+    say(f"report    {run.store.uri}/report.html")
+    return values
+
+
+_STAGE_FUNCTIONS: dict[str, Callable[[Run], dict[str, Any]]] = {
+    "prepare": prepare,
+    "score": score,
+    "select": select,
+    "train": train,
+    "evaluate": evaluate,
+    "report": report,
+}
+
+
+def _skipped(folder: StageFolder) -> dict[str, Any]:
+    manifest = folder.require()
+    say(f"{folder.stage:<9} done before ({manifest['rows']:,} rows), skipped")
+    return manifest
+
+
+def _records(results: Iterable[dict[str, Any]]) -> Iterable[FileRecord]:
+    for result in results:
+        yield FileRecord.from_dict(json.loads(result["record"]))
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix(".parquet")
+
+
+def _tally(reasons: Iterable[str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for reason in reasons:
+        counts[reason] = counts.get(reason, 0) + 1
+    return counts

@@ -1,0 +1,100 @@
+"""What a run says while it works: a live line on a terminal, a plain line every few seconds else.
+
+`ray job submit` and CI have no terminal: there one line every PLAIN_EVERY_S seconds is all that is
+printed. Everything goes to stderr, so that stdout stays free for results.
+"""
+
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+PLAIN_EVERY_S = 5.0
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(message: str) -> None:
+    """One line to stderr. Markup in `message` is not interpreted."""
+    console.print(message, markup=False)
+
+
+class StageProgress:
+    """Progress of one stage; use as a context manager.
+
+    Args:
+        stage: Name shown first.
+        total: Units of work, or None where it is not known.
+        unit: What is counted, for example "pairs".
+    """
+
+    def __init__(self, stage: str, total: int | None, unit: str) -> None:
+        self._stage, self._total, self._unit = stage, total, unit
+        self._done, self._started, self._printed = 0, time.monotonic(), 0.0
+        self._live: Progress | None = None
+        if console.is_terminal:
+            self._live = Progress(
+                TextColumn("{task.fields[stage]:<9}"),
+                BarColumn(bar_width=30),
+                TextColumn("{task.fields[line]}"),
+                TimeElapsedColumn(),
+                console=console,
+                transient=True,
+            )
+            self._task = self._live.add_task("", total=total, stage=stage, line="starting")
+
+    def __enter__(self) -> "StageProgress":
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def advance(self, count: int, extra: str = "") -> None:
+        """`count` more units are done; `extra` is appended to the line."""
+        self._done += count
+        now = time.monotonic()
+        rate = self._done / max(now - self._started, 1e-9)
+        line = f"{self._done:,}"
+        if self._total:
+            line += f" of {self._total:,}"
+        line += f" {self._unit}, {rate:,.1f}/s"
+        if extra:
+            line += f", {extra}"
+        if self._total and 0 < self._done < self._total:
+            line += f", {_duration((self._total - self._done) / rate)} left"
+        if self._live:
+            self._live.update(self._task, completed=self._done, line=line)
+        elif now - self._printed >= PLAIN_EVERY_S or self._done == self._total:
+            self._printed = now
+            say(f"{self._stage:<9} {line}")
+
+
+def print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
+    """A terse two-column table to stderr."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    for name, value in rows:
+        table.add_row(name, value)
+    console.print(table)
+    sys.stderr.flush()
+
+
+def print_counts(title: str, counts: Mapping[str, Any]) -> None:
+    """`print_table` of numbers; zeros are left out."""
+    print_table(title, [(name, f"{value:,}") for name, value in counts.items() if value])
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -1,0 +1,274 @@
+"""From `TrainConfig` to the arguments of TRL's DPOConfig, DeepSpeed and LoRA.
+
+In: plain values of the config. Out: plain dicts. Wrong options are refused here, by name, before a
+worker or a model is started. Costs the import of trl, on first use only; no model, no device.
+"""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from refscale.errors import ConfigError
+
+Device = Literal["cpu", "cuda"]
+
+# TRL 1.16's losses. All of them read the reference through the two plain sums alone; ipo and
+# sigmoid_norm divide by the completion's tokens themselves, sft reads no reference.
+LOSS_TYPES = (
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+)
+
+# DPOConfig fields with their home elsewhere in the config, for the message.
+_OWNED = {
+    "beta": "train.beta",
+    "loss_type": "train.loss_type",
+    "label_smoothing": "train.label_smoothing",
+    "learning_rate": "train.learning_rate",
+    "lr_scheduler_type": "train.lr_scheduler_type",
+    "warmup_steps": "train.warmup_ratio",
+    "warmup_ratio": "train.warmup_ratio",
+    "weight_decay": "train.weight_decay",
+    "max_grad_norm": "train.max_grad_norm",
+    "num_train_epochs": "train.num_train_epochs",
+    "max_steps": "train.max_steps",
+    "per_device_train_batch_size": "train.per_device_train_batch_size",
+    "gradient_accumulation_steps": "train.gradient_accumulation_steps",
+    "gradient_checkpointing": "train.gradient_checkpointing",
+    "bf16": "train.bf16",
+    "seed": "train.seed",
+    "logging_steps": "train.logging_steps",
+    "save_steps": "train.save_steps",
+    "save_total_limit": "train.save_total_limit",
+    "report_to": "train.report_to",
+    "deepspeed": "train.deepspeed",
+    "max_length": "encoding.max_length",
+    "output_dir": "the run folder",
+    "use_cpu": "ray.gpus_per_worker",
+    "model_init_kwargs": "the section model",
+    "trust_remote_code": "model.trust_remote_code",
+}
+# DPOConfig fields that cannot be honoured with stored sums and stored ids.
+_REFUSED = {
+    "ld_alpha": "it needs reference sums weighted by alpha, and the stored ones are plain sums",
+    "sync_ref_model": "a reference that follows the policy makes the stored sums stale",
+    "ref_model_sync_steps": "a reference that follows the policy makes the stored sums stale",
+    "ref_model_mixup_alpha": "a reference that follows the policy makes the stored sums stale",
+    "precompute_ref_log_probs": "the reference sums are always the stored ones",
+    "precompute_ref_batch_size": "no reference pass is made in training",
+    "use_liger_kernel": "its kernels round otherwise than those that scored; TRL drops it in 2.0",
+    "liger_kernel_config": "its kernels round otherwise than those that scored",
+    "padding_free": "TRL 1.16 accepts and ignores it; train.packed is the working equivalent",
+    "truncation_mode": "pairs are cut once, when they are encoded; see encoding.truncation",
+    "pad_token": "the tokenizer's own padding token is used",
+    "dataset_num_proc": "the selection is tokenised already",
+    "disable_dropout": "the stored sums are without dropout, so step 0 would not match them",
+    "fp16": "float16 gradients under- and overflow; use train.bf16 or float32",
+    "fsdp": "FSDP makes TRL load a reference model; use train.deepspeed: zero3",
+    "fsdp_config": "FSDP makes TRL load a reference model; use train.deepspeed: zero3",
+    "logging_nan_inf_filter": "it would hide losses that are not finite",
+    "remove_unused_columns": "the trainer reads exactly the columns of the selection",
+    "auto_find_batch_size": "it would change the batch silently; lower"
+    " train.per_device_train_batch_size",
+}
+
+_ZERO_PRESETS: dict[str, dict[str, Any]] = {
+    "zero1": {"stage": 1},
+    "zero2": {"stage": 2, "overlap_comm": True, "contiguous_gradients": True},
+    "zero3": {
+        "stage": 3,
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto",
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+}
+
+
+def deepspeed_config(
+    preset: str | dict[str, Any] | None, *, device: Device, bf16: bool
+) -> dict[str, Any] | None:
+    """A DeepSpeed config for a preset, or the user's own with what must hold filled in.
+
+    `"auto"` values are filled in from the training arguments by transformers. No optimizer is
+    named: torch's fused AdamW of the trainer is used in every stage, on CUDA, on CPU and offloaded,
+    because DeepSpeed's own ones are compiled on first use and need a toolchain on every node.
+
+    Args:
+        preset: zero1, zero2, zero3, zero2_offload, zero3_offload, a DeepSpeed config, or None.
+        device: Where the model computes.
+        bf16: Compute in bfloat16.
+
+    Raises:
+        ConfigError: The preset is unknown, or the dict asks for float16 or another precision than
+            `bf16`.
+    """
+    if preset is None:
+        return None
+    base: dict[str, Any] = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": bf16},
+        # Torch's AdamW has both a CPU and a CUDA kernel, so it also runs offloaded.
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1_000_000_000,
+    }
+    if isinstance(preset, str):
+        name, offload = preset.removesuffix("_offload"), preset.endswith("_offload")
+        if name not in _ZERO_PRESETS or preset == "zero1_offload":
+            known = [*_ZERO_PRESETS, "zero2_offload", "zero3_offload"]
+            raise ConfigError(
+                f"train.deepspeed: {preset!r} is not a preset{_nearest(preset, known)}"
+            )
+        zero = dict(_ZERO_PRESETS[name])
+        if offload:
+            target = {"device": "cpu", "pin_memory": device == "cuda"}
+            zero["offload_optimizer"] = dict(target)
+            if name == "zero3":
+                zero["offload_param"] = dict(target)
+        return {**base, "zero_optimization": zero}
+    if dict(preset.get("fp16") or {}).get("enabled"):
+        raise ConfigError("train.deepspeed.fp16.enabled is true; use train.bf16 or float32")
+    asked = dict(preset.get("bf16") or {}).get("enabled", bf16)
+    if asked != "auto" and bool(asked) != bf16:
+        raise ConfigError(
+            f"train.deepspeed.bf16.enabled is {asked} but training computes in"
+            f" {'bfloat16' if bf16 else 'float32'}; set train.bf16, or the value to 'auto'"
+        )
+    config: dict[str, Any] = json.loads(json.dumps({**base, **preset}))
+    config["bf16"] = {**dict(preset.get("bf16") or {}), "enabled": bf16}
+    zero = config.setdefault("zero_optimization", {"stage": 0})
+    if zero.get("stage") == 3:  # else the policy could not be saved
+        zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)
+    return config
+
+
+def dpo_arguments(
+    train: dict[str, Any], *, output_dir: str, device: Device, bf16: bool, max_length: int
+) -> dict[str, Any]:
+    """Keyword arguments of `trl.DPOConfig` for a `TrainConfig`.
+
+    Args:
+        train: `TrainConfig.model_dump()`.
+        output_dir: Folder of checkpoints.
+        device: Where the model computes.
+        bf16: Compute in bfloat16.
+        max_length: `encoding.max_length`; stored ids are within it already.
+
+    Raises:
+        ConfigError: `train.trl` holds a key that DPOConfig does not have (the nearest is named),
+            one that has its own place in the config, or one that stored reference sums rule out;
+            or `train.loss_type` is not one of TRL's.
+    """
+    loss_types = [name.strip() for name in str(train["loss_type"]).split(",")]
+    for name in loss_types:
+        if name not in LOSS_TYPES:
+            raise ConfigError(
+                f"train.loss_type: {name!r} is not a loss of TRL's DPOTrainer"
+                f"{_nearest(name, LOSS_TYPES)}"
+            )
+    if "exo_pair" in loss_types and not train["label_smoothing"]:
+        raise ConfigError(
+            "train.loss_type exo_pair takes the logarithm of train.label_smoothing, got 0;"
+            " its paper uses 0.001"
+        )
+    from trl import DPOConfig
+
+    extra = dict(train["trl"])
+    known = {f.name for f in dataclasses.fields(DPOConfig) if f.init}
+    for key, value in extra.items():
+        if key in _OWNED:
+            raise ConfigError(f"train.trl.{key} belongs to {_OWNED[key]}; set it there")
+        if key in _REFUSED:
+            raise ConfigError(f"train.trl.{key}={value!r} is refused: {_REFUSED[key]}")
+        if key not in known:
+            raise ConfigError(f"unknown key train.trl.{key}{_nearest(key, sorted(known))}")
+    arguments: dict[str, Any] = {
+        "output_dir": output_dir,
+        "beta": train["beta"],
+        "loss_type": loss_types,
+        "label_smoothing": train["label_smoothing"],
+        "learning_rate": train["learning_rate"],
+        "lr_scheduler_type": train["lr_scheduler_type"],
+        # Transformers 5 reads a warmup below 1 as a share of the steps.
+        "warmup_steps": train["warmup_ratio"],
+        "weight_decay": train["weight_decay"],
+        "max_grad_norm": train["max_grad_norm"],
+        "num_train_epochs": train["num_train_epochs"],
+        "max_steps": train["max_steps"],
+        "per_device_train_batch_size": train["per_device_train_batch_size"],
+        "gradient_accumulation_steps": train["gradient_accumulation_steps"],
+        "gradient_checkpointing": train["gradient_checkpointing"],
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "bf16": bf16,
+        "use_cpu": device == "cpu",
+        "dataloader_pin_memory": device == "cuda",
+        "deepspeed": deepspeed_config(train["deepspeed"], device=device, bf16=bf16),
+        "max_length": max_length,
+        "truncation_mode": "keep_start",
+        "precompute_ref_log_probs": True,
+        "disable_dropout": True,
+        "remove_unused_columns": True,
+        "seed": train["seed"],
+        "logging_steps": train["logging_steps"],
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps",
+        "save_steps": train["save_steps"],
+        "save_total_limit": train["save_total_limit"],
+        "report_to": list(train["report_to"]) or "none",
+        "disable_tqdm": True,
+    }
+    arguments.update(extra)
+    return arguments
+
+
+def peft_config(fields: dict[str, Any] | None) -> Any:
+    """A `peft.LoraConfig` for `train.peft`; None where there is none.
+
+    Raises:
+        ConfigError: A field that LoraConfig does not have (the nearest is named), or an adapter on
+            the output head, which TRL's fused head would not train.
+    """
+    if not fields:
+        return None
+    from peft import LoraConfig
+
+    known = {f.name for f in dataclasses.fields(LoraConfig) if f.init}
+    for key in fields:
+        if key not in known:
+            raise ConfigError(f"unknown key train.peft.{key}{_nearest(key, sorted(known))}")
+    targets = fields.get("target_modules") or ()
+    if "lm_head" in ([targets] if isinstance(targets, str) else targets):
+        raise ConfigError(
+            "train.peft.target_modules holds lm_head: log-probs are computed from its weight"
+            " directly, so an adapter on it would not be trained; leave it out"
+        )
+    return LoraConfig(**{"task_type": "CAUSAL_LM", **fields})
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; known: {', '.join(known)}" if len(known) <= 20 else ""

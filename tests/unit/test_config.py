@@ -1,0 +1,81 @@
+import json
+
+import pytest
+import yaml
+
+from refscale.config import Config, dump_config, load_config, parse_config
+from refscale.errors import ConfigError
+
+MINIMAL = {"model": {"model_name_or_path": "m"}, "corpus": {"sources": [{"path": "a.jsonl"}]}}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_config(data) -> str:
+        path = tmp_path / "c.yaml"
+        path.write_text(data if isinstance(data, str) else yaml.safe_dump(data))
+        return str(path)
+
+    return write_config
+
+
+def test_resolved_config_reads_back_to_the_same_config(write):
+    config = load_config(write(MINIMAL), ["train.learning_rate=1e-5", "select.count=10"])
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+    assert config.train.learning_rate == 1e-5
+    assert (config.select.count, config.select.fraction) == (10, None)
+
+
+def test_default_selection_is_the_largest_half_by_mean_margin(write):
+    select = load_config(write(MINIMAL)).select
+    assert (select.strategy, select.keep, select.fraction) == ("mean_margin", "largest", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.learning_rte=1", "unknown key train.learning_rte; did you mean learning_rate?"),
+        ("selct.fraction=1", "unknown key selct; did you mean select?"),
+        ("corpus.sources.0.formt=hh", "did you mean format?"),
+        ("corpus.sources.7.format=hh", "'7' is not an index below 1"),
+        ("select.fraction=10", "select.fraction: input should be less than or equal to 1, got 10"),
+        ("select.keep=band", "keep: band and band: [low, high] go together"),
+        ("ray.replicas={min: 3, max: 1}", "min 3 is larger than max 1"),
+        ("train.deepspeed=zero4", "'zero4'"),
+        ("nonsense", "--set needs section.key=value"),
+        ("corpus.sources.0.columns={chosn: x}", "columns maps chosn"),
+    ],
+)
+def test_wrong_override_is_one_line_with_value_and_rule(write, override, said):
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(MINIMAL), [override])
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1", "", "model: {}"])
+def test_broken_file_is_a_config_error(write, text):
+    with pytest.raises(ConfigError):
+        load_config(write(text))
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
+        load_config(str(tmp_path / "nowhere.yaml"))
+
+
+def test_relative_paths_are_relative_to_the_config_file(write, tmp_path):
+    (tmp_path / "m").mkdir()
+    config = load_config(write(MINIMAL))
+    assert config.corpus.sources[0].path == str(tmp_path / "a.jsonl")
+    assert config.model.model_name_or_path == str(tmp_path / "m")
+
+
+def test_hub_id_that_is_no_folder_stays_as_it_is(write):
+    data = {**MINIMAL, "model": {"model_name_or_path": "org/name"}}
+    assert load_config(write(data)).model.model_name_or_path == "org/name"
+
+
+def test_every_field_of_the_schema_that_is_not_self_evident_is_described():
+    schema = json.dumps(Config.model_json_schema())
+    assert '"additionalProperties": false' in schema

@@ -1,0 +1,642 @@
+"""The DPO worker: no reference model, the right loss, honest refusals, exact resume."""
+
+import dataclasses
+import inspect
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import trl.trainer.dpo_trainer as trl_dpo
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from trl import DPOConfig, DPOTrainer
+
+from refscale import schema, training
+from refscale.config import TrainConfig
+from refscale.errors import ConfigError, ModelError, TrainingError
+from refscale.training import PrecomputedDPOTrainer, WorkerSettings, load_selection, run_worker
+from refscale.training_options import LOSS_TYPES, deepspeed_config, dpo_arguments, peft_config
+
+VOCAB = 64
+LN2 = math.log(2)
+
+
+def save_tiny_llama(folder: Path, seed: int = 0) -> None:
+    """Two layers, grouped-query attention; weights large enough that log-probs are not uniform."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(8)
+    model.save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t3"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="t0", eos_token="t1", unk_token="t3"
+    ).save_pretrained(folder)
+
+
+def sums(model: Any, prompt: list[int], completion: list[int]) -> float:
+    """Sum of completion log-probs by a plain forward of one unpadded sequence."""
+    ids = torch.tensor(prompt + completion)
+    with torch.no_grad():
+        logps = model(ids[None]).logits[0].float().log_softmax(-1)
+    first = max(len(prompt), 1)
+    return sum(float(logps[t - 1, ids[t]]) for t in range(first, len(ids)))
+
+
+def selection_rows(model: Any, n: int, seed: int = 0) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(n):
+        prompt, chosen, rejected = (
+            rng.integers(3, VOCAB, size=int(rng.integers(low, high))).tolist()
+            for low, high in ((1, 12), (1, 10), (1, 14))
+        )
+        ref = sums(model, prompt, chosen), sums(model, prompt, rejected)
+        rows.append(
+            {
+                "pair_id": i.to_bytes(16, "big"),
+                "source": "s",
+                "prompt_ids": prompt,
+                "chosen_ids": chosen,
+                "rejected_ids": rejected,
+                "ref_chosen_logps": ref[0],
+                "ref_rejected_logps": ref[1],
+                "selection_key": ref[0] - ref[1],
+            }
+        )
+    return rows
+
+
+def write_selection(path: Path, rows: list[dict[str, Any]]) -> str:
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema.SELECTION), path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny_llama(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(model_dir: Path) -> list[dict[str, Any]]:
+    return selection_rows(AutoModelForCausalLM.from_pretrained(model_dir), 24)
+
+
+def train_config(**changes: Any) -> dict[str, Any]:
+    fields = {
+        "deepspeed": None,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "save_steps": 1000,
+        "max_steps": 3,
+        "packed": "off",
+    }
+    return TrainConfig.model_validate({**fields, **changes}).model_dump()
+
+
+@pytest.fixture
+def settings(tmp_path: Path, model_dir: Path, rows: list[dict[str, Any]]) -> WorkerSettings:
+    return WorkerSettings(
+        train=train_config(),
+        model_name_or_path=str(model_dir),
+        selection_files=[write_selection(tmp_path / "selection.parquet", rows)],
+        output_dir=str(tmp_path / "checkpoints"),
+        policy_dir=str(tmp_path / "policy"),
+        max_length=64,
+        cache_dir=str(tmp_path / "cache"),
+    )
+
+
+def run(settings: WorkerSettings, **kwargs: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    logs: list[dict[str, Any]] = []
+    saved = kwargs.pop("on_save", lambda folder, metrics: None)
+    return run_worker(settings, on_log=logs.append, on_save=saved, **kwargs), logs
+
+
+def changed(settings: WorkerSettings, **changes: Any) -> WorkerSettings:
+    return dataclasses.replace(settings, train=train_config(**changes))
+
+
+def make_trainer(
+    settings: WorkerSettings, cls: type[DPOTrainer] = PrecomputedDPOTrainer, **changes: Any
+) -> DPOTrainer:
+    """A trainer on the selection without `run_worker`'s callbacks."""
+    arguments = dpo_arguments(
+        settings.train, output_dir=settings.output_dir, device="cpu", bf16=False, max_length=64
+    )
+    return cls(
+        model=AutoModelForCausalLM.from_pretrained(settings.model_name_or_path),
+        args=DPOConfig(**{**arguments, **changes}),
+        train_dataset=load_selection(settings.selection_files, settings.cache_dir),
+        processing_class=AutoTokenizer.from_pretrained(settings.model_name_or_path),
+    )
+
+
+class WithReference(DPOTrainer):
+    """TRL's own trainer with the reference model in memory, on the same ids."""
+
+    def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
+        return dataset.remove_columns(list(training.REF_COLUMNS))
+
+
+# --- no reference model, and the stored sums are what the loss is made of
+
+
+def test_no_reference_model_is_built(
+    settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a reference model was loaded")
+
+    monkeypatch.setattr(trl_dpo, "create_model_from_path", refuse)
+    monkeypatch.setattr(trl_dpo, "hash_module", refuse)
+    monkeypatch.setattr(DPOTrainer, "compute_ref_log_probs", refuse)
+    trainer = make_trainer(settings)
+    assert trainer.ref_model is None
+    trainer.train()
+    assert trainer.ref_model is None
+    # The counterpart: TRL without stored sums does load one.
+    with pytest.raises(AssertionError, match="a reference model was loaded"):
+        make_trainer(settings, WithReference, precompute_ref_log_probs=False)
+
+
+def test_the_first_loss_is_ln_2_and_the_start_check_is_recorded(settings: WorkerSettings) -> None:
+    metrics, logs = run(settings)
+    assert logs[0]["loss"] == pytest.approx(LN2, abs=1e-5)
+    assert logs[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    assert logs[0]["start_check_loss"] == pytest.approx(LN2, abs=1e-5)
+    assert logs[0]["start_check_pairs"] == metrics["start_check_pairs"] == 8
+    assert metrics["start_check_max_difference"] < 1e-3
+
+
+def test_wrong_stored_sums_change_the_loss_by_what_dpo_says(
+    settings: WorkerSettings, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    wrong = [{**row, "ref_chosen_logps": row["ref_chosen_logps"] - 10} for row in rows]
+    files = [write_selection(tmp_path / "wrong.parquet", wrong)]
+    shifted = dataclasses.replace(
+        settings, selection_files=files, train=train_config(start_check_pairs=0)
+    )
+    _, logs = run(shifted)
+    # The chosen log-ratio is 10 on every pair: -log sigmoid(0.1 * 10) = 0.31326
+    assert logs[0]["loss"] == pytest.approx(0.31326, abs=1e-4)
+
+
+def test_loss_curve_equals_trl_with_the_reference_in_memory(settings: WorkerSettings) -> None:
+    settings = changed(settings, max_steps=20)
+    curves = []
+    for cls, precompute in ((PrecomputedDPOTrainer, True), (WithReference, False)):
+        trainer = make_trainer(settings, cls, precompute_ref_log_probs=precompute)
+        assert (trainer.ref_model is None) == precompute
+        trainer.train()
+        curves.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert len(curves[0]) == 20
+    assert np.ptp(curves[0]) > 0.1  # it learns, so that equality says something
+    np.testing.assert_allclose(curves[0], curves[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_each_loss_with_stored_sums_equals_trl_with_the_reference(
+    settings: WorkerSettings, loss_type: str
+) -> None:
+    smoothing = 0.1 if loss_type in ("robust", "exo_pair") else 0.0
+    settings = changed(settings, loss_type=loss_type, label_smoothing=smoothing, max_steps=2)
+    curves = []
+    for cls, precompute in ((PrecomputedDPOTrainer, True), (WithReference, False)):
+        trainer = make_trainer(settings, cls, precompute_ref_log_probs=precompute)
+        trainer.train()
+        curves.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    np.testing.assert_allclose(curves[0], curves[1], rtol=1e-4, atol=1e-4)
+
+
+def test_losses_of_trl_are_all_known(settings: WorkerSettings) -> None:
+    trainer = make_trainer(settings, loss_type=["none"])
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    with pytest.raises(ValueError, match="Should be one of") as raised:
+        trainer.compute_loss(trainer.model, batch)
+    listed = str(raised.value).partition("[")[2]
+    assert sorted(listed.strip("]").replace("'", "").split(", ")) == sorted(LOSS_TYPES)
+
+
+def test_overridden_private_methods_are_still_trls() -> None:
+    for name, parameters in {
+        "_prepare_dataset": ["self", "dataset", "processing_class", "args", "dataset_name"],
+        "_precompute_ref_logps": ["self", "dataset", "name", "batch_size"],
+        "_send_telemetry": ["self"],
+        "_prepare_input": ["self", "data"],
+        "_get_train_sampler": ["self", "train_dataset"],
+    }.items():
+        assert list(inspect.signature(getattr(DPOTrainer, name)).parameters) == parameters
+    assert callable(trl_dpo.hash_module)
+
+
+def test_stored_sums_keep_their_precision_under_deepspeed_bf16(settings: WorkerSettings) -> None:
+    trainer = make_trainer(settings)
+    trainer.is_deepspeed_enabled = True  # transformers would cast floating inputs to bfloat16
+    moved = trainer._prepare_input({"ref_chosen_logps": torch.tensor([-300.7])})
+    assert moved["ref_chosen_logps"].dtype == torch.float32
+
+
+def test_a_reference_model_or_missing_sums_are_refused(
+    settings: WorkerSettings, rows: list[dict[str, Any]]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(settings.model_name_or_path)
+    with pytest.raises(TrainingError, match="the stored sums replace it"):
+        PrecomputedDPOTrainer(model=model, ref_model=model)
+    dataset = load_selection(settings.selection_files, settings.cache_dir)
+    trainer = make_trainer(settings)
+    for method, arguments in (
+        ("_prepare_dataset", (None, None, "train")),
+        ("_precompute_ref_logps", ("train", 4)),
+    ):
+        with pytest.raises(TrainingError, match="lacks ref_chosen_logps"):
+            getattr(trainer, method)(dataset.remove_columns("ref_chosen_logps"), *arguments)
+
+
+# --- the policy
+
+
+def test_the_policy_loads_and_differs_from_the_reference(settings: WorkerSettings) -> None:
+    run(settings)
+    assert (Path(settings.policy_dir) / "model.safetensors").is_file()
+    assert not list(Path(settings.policy_dir).glob("*.bin"))
+    card = (Path(settings.policy_dir) / "README.md").read_text()
+    assert "| pairs | 24 |" in card
+    assert "| start_check_loss | 0.6931 |" in card
+    assert settings.model_name_or_path not in card  # a path of this machine means nothing elsewhere
+    policy = AutoModelForCausalLM.from_pretrained(settings.policy_dir)
+    reference = AutoModelForCausalLM.from_pretrained(settings.model_name_or_path)
+    moved = [
+        (a - b).abs().max()
+        for a, b in zip(policy.parameters(), reference.parameters(), strict=True)
+    ]
+    assert max(moved) > 1e-4
+    assert len(AutoTokenizer.from_pretrained(settings.policy_dir)) == VOCAB
+
+
+def test_training_raises_the_margin_on_its_pairs(
+    settings: WorkerSettings, rows: list[dict[str, Any]]
+) -> None:
+    run(changed(settings, max_steps=12))
+    policy = AutoModelForCausalLM.from_pretrained(settings.policy_dir)
+    gains = [
+        sums(policy, row["prompt_ids"], row["chosen_ids"])
+        - sums(policy, row["prompt_ids"], row["rejected_ids"])
+        - (row["ref_chosen_logps"] - row["ref_rejected_logps"])
+        for row in rows
+    ]
+    assert np.mean(gains) > 1
+
+
+def test_lora_starts_at_the_reference_and_merges_to_the_trained_policy(
+    settings: WorkerSettings, rows: list[dict[str, Any]]
+) -> None:
+    from peft import PeftModel
+
+    lora = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+    _, logs = run(changed(settings, peft=lora, max_steps=6))
+    assert logs[0]["loss"] == pytest.approx(LN2, abs=1e-5)
+    base = AutoModelForCausalLM.from_pretrained(settings.model_name_or_path)
+    merged = AutoModelForCausalLM.from_pretrained(settings.policy_dir)
+    row = rows[0]
+    start = sums(base, row["prompt_ids"], row["chosen_ids"])
+    adapter = PeftModel.from_pretrained(base, str(Path(settings.policy_dir) / "adapter")).eval()
+    adapted = sums(adapter, row["prompt_ids"], row["chosen_ids"])
+    assert abs(adapted - start) > 1e-2
+    assert sums(merged, row["prompt_ids"], row["chosen_ids"]) == pytest.approx(adapted, abs=1e-3)
+
+
+def test_an_unmerged_adapter_is_the_policy_where_asked(settings: WorkerSettings) -> None:
+    lora = changed(settings, peft={"r": 4, "target_modules": ["q_proj"]}, max_steps=1)
+    run(dataclasses.replace(lora, merge_adapter=False))
+    files = {path.name for path in Path(settings.policy_dir).iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= files
+    assert "model.safetensors" not in files
+    AutoModelForCausalLM.from_pretrained(settings.policy_dir)
+
+
+# --- order, resume
+
+
+class RecordOrder(PrecomputedDPOTrainer):
+    seen: list[list[float]]
+
+    def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+        self.seen.append(inputs["ref_chosen_logps"].tolist())
+        return super()._compute_loss(model, inputs, return_outputs)
+
+
+@pytest.mark.parametrize(("easiest", "sign"), [("largest", -1), ("smallest", 1)])
+def test_easy_to_hard_takes_pairs_by_selection_key(
+    settings: WorkerSettings,
+    rows: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    easiest: Any,
+    sign: int,
+) -> None:
+    RecordOrder.seen = []
+    monkeypatch.setattr(training, "PrecomputedDPOTrainer", RecordOrder)
+    ordered = changed(settings, order="easy_to_hard", max_steps=6)
+    run(dataclasses.replace(ordered, easiest=easiest))
+    expected = sorted(rows, key=lambda row: sign * row["selection_key"])
+    np.testing.assert_allclose(
+        np.concatenate(RecordOrder.seen), [row["ref_chosen_logps"] for row in expected], rtol=1e-6
+    )
+
+
+def test_shuffling_depends_on_the_seed_alone(
+    settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "PrecomputedDPOTrainer", RecordOrder)
+    orders = []
+    for seed in (1, 1, 2):
+        RecordOrder.seen = []
+        run(changed(settings, seed=seed))
+        orders.append(RecordOrder.seen)
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_resume_in_the_middle_of_an_epoch_ends_with_the_same_weights(
+    settings: WorkerSettings, tmp_path: Path
+) -> None:
+    # 24 pairs in batches of 2 x 2: 6 steps an epoch, so step 4 of 9 is mid-epoch.
+    undisturbed = changed(
+        settings,
+        max_steps=9,
+        save_steps=4,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        save_total_limit=5,
+    )
+    folders: list[str] = []
+    _, logs = run(undisturbed, on_save=lambda folder, metrics: folders.append(folder))
+    assert [Path(folder).name for folder in folders] == [
+        "checkpoint-4",
+        "checkpoint-8",
+        "checkpoint-9",
+    ]
+    resumed = dataclasses.replace(undisturbed, policy_dir=str(tmp_path / "resumed"))
+    metrics, resumed_logs = run(resumed, resume_from=folders[0])
+    assert metrics["steps"] == 9
+    assert [log["step"] for log in resumed_logs] == [5, 6, 7, 8, 9]
+    np.testing.assert_allclose(
+        [log["loss"] for log in resumed_logs], [log["loss"] for log in logs[4:]], atol=1e-6
+    )
+    first = AutoModelForCausalLM.from_pretrained(undisturbed.policy_dir)
+    second = AutoModelForCausalLM.from_pretrained(resumed.policy_dir)
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_resume_after_the_last_step_only_writes_the_policy(settings: WorkerSettings) -> None:
+    folders: list[str] = []
+    saving = changed(settings, save_steps=3)
+    run(saving, on_save=lambda folder, metrics: folders.append(folder))
+    written = (Path(settings.policy_dir) / "model.safetensors").read_bytes()
+    (Path(settings.policy_dir) / "model.safetensors").unlink()
+    metrics, _ = run(saving, resume_from=folders[-1])
+    assert metrics["steps"] == 3
+    assert (Path(settings.policy_dir) / "model.safetensors").read_bytes() == written
+
+
+def test_resume_is_refused_from_other_folders_and_settings(
+    settings: WorkerSettings, tmp_path: Path
+) -> None:
+    with pytest.raises(TrainingError, match="is not a checkpoint of refscale"):
+        run(settings, resume_from=str(tmp_path))
+    record = tmp_path / training.CHECKPOINT_FILE
+    record.write_text(json.dumps(training._checkpoint_record(settings)))
+    training.check_checkpoint(str(tmp_path), settings)
+    with pytest.raises(TrainingError, match="seed was 42 and is now 7"):
+        training.check_checkpoint(str(tmp_path), changed(settings, seed=7))
+
+
+# --- refusals at the start and on the way
+
+
+def test_another_checkpoint_than_the_one_that_scored_is_refused(
+    settings: WorkerSettings, tmp_path: Path
+) -> None:
+    save_tiny_llama(tmp_path / "other", seed=1)
+    other = dataclasses.replace(settings, model_name_or_path=str(tmp_path / "other"))
+    with pytest.raises(TrainingError, match="does not start at the reference") as raised:
+        run(other)
+    message = str(raised.value)
+    assert "pair 000000000000000000000000000000" in message
+    assert "has stored ref_" in message
+    assert "the policy gives -" in message
+    assert "Likely: training starts from another checkpoint" in message
+    assert "\n" not in message
+    assert not Path(settings.policy_dir).exists()
+
+
+def test_the_start_check_names_the_pair_that_is_off(
+    settings: WorkerSettings, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    wrong = [dict(row) for row in rows]
+    wrong[0]["ref_rejected_logps"] += 0.5
+    files = [write_selection(tmp_path / "wrong.parquet", wrong)]
+    with pytest.raises(TrainingError, match=r"pair 0{32} has stored ref_rejected_logps"):
+        run(dataclasses.replace(settings, selection_files=files))
+
+
+def test_budget_grows_with_length_and_is_wide_for_bfloat16_only() -> None:
+    logps, tokens = np.array([-300.0]), np.array([100])
+    assert training.logps_budget(logps, tokens, bf16=False)[0] == pytest.approx(0.013)
+    # 0.2 * sqrt(100) + 0.01 * 300 + 0.1
+    assert training.logps_budget(logps, tokens, bf16=True)[0] == pytest.approx(5.1)
+
+
+def test_a_loss_that_is_not_finite_names_its_step(
+    settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(PrecomputedDPOTrainer):
+        def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+            loss = super()._compute_loss(model, inputs, return_outputs)
+            return loss * float("nan") if self.state.global_step == 1 else loss
+
+    monkeypatch.setattr(training, "PrecomputedDPOTrainer", Broken)
+    with pytest.raises(TrainingError, match=r"the loss is nan at step 2 on rank 0; lower"):
+        run(settings)
+
+
+def test_out_of_memory_says_what_to_change(
+    settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(PrecomputedDPOTrainer):
+        def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(training, "PrecomputedDPOTrainer", Full)
+    with pytest.raises(TrainingError, match="out of memory at step 1") as raised:
+        run(settings)
+    message = str(raised.value)
+    assert (
+        "train.per_device_train_batch_size: 2 with train.gradient_accumulation_steps: 2" in message
+    )
+    assert "train.gradient_checkpointing: true" in message
+
+
+def test_other_runtime_errors_are_not_taken_for_memory(
+    settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Odd(PrecomputedDPOTrainer):
+        def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+            raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(training, "PrecomputedDPOTrainer", Odd)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        run(settings)
+
+
+def test_a_missing_model_is_one_line(settings: WorkerSettings, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="cannot load") as raised:
+        run(dataclasses.replace(settings, model_name_or_path=str(tmp_path / "none")))
+    assert "\n" not in str(raised.value)
+
+
+def test_quantised_weights_need_lora(settings: WorkerSettings) -> None:
+    with pytest.raises(ConfigError, match=r"score.quantization is 4bit but train.peft"):
+        run(dataclasses.replace(settings, quantization="4bit"))
+
+
+def test_bad_selections_are_refused(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    cache = str(tmp_path / "cache")
+    with pytest.raises(TrainingError, match="no files"):
+        load_selection([], cache)
+    with pytest.raises(TrainingError, match="holds no pair"):
+        load_selection([write_selection(tmp_path / "empty.parquet", [])], cache)
+    mixed = [
+        write_selection(tmp_path / "empty.parquet", []),
+        write_selection(tmp_path / "one.parquet", rows[:1]),
+    ]
+    assert len(load_selection(mixed, cache)) == 1
+    nan = [{**rows[0], "ref_chosen_logps": float("nan")}, rows[1]]
+    with pytest.raises(TrainingError, match="ref_chosen_logps of 1 of 2 selected pairs"):
+        load_selection([write_selection(tmp_path / "nan.parquet", nan)], cache)
+    empty = [{**rows[0], "rejected_ids": []}]
+    with pytest.raises(TrainingError, match="empty rejected_ids"):
+        load_selection([write_selection(tmp_path / "e.parquet", empty)], cache)
+    table = pa.Table.from_pylist(rows, schema=schema.SELECTION).drop_columns(["ref_chosen_logps"])
+    pq.write_table(table, tmp_path / "lacks.parquet")
+    with pytest.raises(TrainingError, match="lacks ref_chosen_logps"):
+        load_selection([str(tmp_path / "lacks.parquet")], cache)
+
+
+# --- options
+
+
+def arguments(**changes: Any) -> dict[str, Any]:
+    return dpo_arguments(
+        train_config(**changes), output_dir="out", device="cpu", bf16=False, max_length=64
+    )
+
+
+def test_arguments_make_a_dpo_config_that_reads_stored_sums() -> None:
+    config = DPOConfig(**arguments(loss_type="sigmoid,sft", trl={"loss_weights": [1.0, 0.1]}))
+    assert config.precompute_ref_log_probs
+    assert not config.logging_nan_inf_filter
+    assert config.loss_type == ["sigmoid", "sft"]
+    assert config.loss_weights == [1.0, 0.1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trl": {"dataloader_num_worker": 2}}, "did you mean dataloader_num_workers"),
+        ({"trl": {"beta": 0.2}}, "train.trl.beta belongs to train.beta"),
+        ({"trl": {"ld_alpha": 0.5}}, "weighted by alpha"),
+        ({"trl": {"sync_ref_model": True}}, "makes the stored sums stale"),
+        ({"trl": {"fsdp": "full_shard"}}, "makes TRL load a reference model"),
+        ({"loss_type": "sigmod"}, "'sigmod' is not a loss .* did you mean sigmoid"),
+        ({"loss_type": "exo_pair"}, "logarithm of train.label_smoothing"),
+        ({"deepspeed": {"fp16": {"enabled": True}}}, "fp16.enabled is true"),
+        ({"deepspeed": {"bf16": {"enabled": True}}}, "computes in float32"),
+    ],
+)
+def test_options_that_cannot_hold_are_refused_with_the_reason(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        arguments(**changes)
+
+
+def test_refused_and_owned_options_are_real_fields_of_dpo_config() -> None:
+    from refscale import training_options
+
+    known = {f.name for f in dataclasses.fields(DPOConfig)} | {"warmup_ratio"}
+    assert set(training_options._REFUSED) | set(training_options._OWNED) <= known
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    ("preset", "stage", "offloaded"),
+    [
+        ("zero1", 1, set()),
+        ("zero2", 2, set()),
+        ("zero3", 3, set()),
+        ("zero2_offload", 2, {"offload_optimizer"}),
+        ("zero3_offload", 3, {"offload_optimizer", "offload_param"}),
+    ],
+)
+def test_presets(device: Any, preset: str, stage: int, offloaded: set[str]) -> None:
+    config = deepspeed_config(preset, device=device, bf16=True)
+    assert config is not None
+    zero = config["zero_optimization"]
+    assert zero["stage"] == stage
+    assert {key for key in zero if key.startswith("offload_")} == offloaded
+    assert all(zero[key]["pin_memory"] == (device == "cuda") for key in offloaded)
+    assert config["bf16"]["enabled"]
+    assert ("stage3_gather_16bit_weights_on_model_save" in zero) == (stage == 3)
+
+
+def test_presets_and_own_configs() -> None:
+    assert deepspeed_config(None, device="cpu", bf16=False) is None
+    with pytest.raises(ConfigError, match="did you mean zero3"):
+        deepspeed_config("zero4", device="cpu", bf16=False)
+    with pytest.raises(ConfigError, match="zero1_offload"):
+        deepspeed_config("zero1_offload", device="cpu", bf16=False)
+    own = {"zero_optimization": {"stage": 3}, "gradient_clipping": 2.0}
+    config = deepspeed_config(own, device="cpu", bf16=False)
+    assert config is not None
+    assert config["gradient_clipping"] == 2.0
+    assert config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
+    assert own == {"zero_optimization": {"stage": 3}, "gradient_clipping": 2.0}
+
+
+def test_lora_options() -> None:
+    assert peft_config(None) is None
+    assert peft_config({"r": 16}).r == 16
+    with pytest.raises(ConfigError, match=r"train.peft.lora_alfa; did you mean lora_alpha"):
+        peft_config({"lora_alfa": 3})
+    with pytest.raises(ConfigError, match="holds lm_head"):
+        peft_config({"target_modules": ["q_proj", "lm_head"]})
