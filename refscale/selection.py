@@ -1,51 +1,35 @@
-"""Selection keys, and the exact global top-k over them, in mergeable pieces.
+"""What is kept, as a total order over pairs and a few numbers that cut it.
 
-In: the scores of a shard at a time. Out: a Decision, a few numbers that say for any pair whether it
-is kept. Each pair has the key
+In: what the config asks for, and the keys of a shard. Out: for any pair, whether it is kept. Each
+pair has the key
 
     (order-preserving bits of its float32 strategy value, pair_id)
 
 which is a total order: ties are broken by content, so the kept set depends neither on shards, nor
-on row order, retries or cluster size. The boundaries are found by radix selection: a fixed-size
-histogram of the next 16 bits per shard, summed, in at most ten passes (usually two or three) over
-one column. Memory is one shard and one histogram, whatever the number of pairs.
-
-The paper behind refscale (arXiv 2501.15109) does not publish its exact formula; readable copies
-say only that the reference model's own probabilities tell the clear pairs. `mean_margin` is our
-reading of it: where ratings are known, the per-token margin grows with the annotators' rating gap,
-while the summed margin mostly follows length (docs/selection.md).
+on row order, retries or cluster size. radix.py finds the cuts.
 """
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from fractions import Fraction
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from refscale.errors import SelectionError
+from refscale.errors import ConfigError, SelectionError
+from refscale.schema import TRAIN
+from refscale.strategies import (
+    STRATEGIES,
+    pair_id_words,
+    score_columns,
+    strategy_values,
+)
 
-STRATEGIES: dict[str, str] = {
-    "mean_margin": "ref_chosen_logps / num_chosen_tokens - ref_rejected_logps / num_rejected_tokens"
-    " (the likelihood of SimPO, arXiv 2405.14734, under the reference model)",
-    "margin": "ref_chosen_logps - ref_rejected_logps (minus the RMLR of arXiv 2405.19534)",
-    "abs_mean_margin": "|mean_margin|",
-    "abs_margin": "|margin|",
-    "length_adjusted_margin": "residual of margin after a least-squares fit on"
-    " num_chosen_tokens - num_rejected_tokens",
-    "ppl_gap": "exp(-ref_chosen_logps / num_chosen_tokens)"
-    " - exp(-ref_rejected_logps / num_rejected_tokens): positive where chosen is the less likely",
-    "required_loss": "log(1 + exp(beta * margin)): the DPO loss at which the pair is ranked right"
-    " (arXiv 2405.19534, theorem 4.1); larger is easier",
-    "random": "seeded hash of pair_id: the control",
-}
+KEEPS = ("largest", "smallest", "middle", "band")
 
-# Words of the order, most significant first, as (bits, source): the key, then pair_id.
-_DIGIT_BITS = 16
-_NUM_DIGITS = (32 + 128) // _DIGIT_BITS
-_RADIX = 1 << _DIGIT_BITS
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -54,7 +38,7 @@ class Keys:
 
     Attributes:
         values: float32 (N,) strategy values, finite.
-        pair_ids: uint64 (N, 2), big-endian words of pair_id.
+        pair_ids: uint64 (N, 2), words of pair_id, of any byte order; see `pair_id_words`.
         sources: Name of each pair's source, (N,) objects.
     """
 
@@ -66,241 +50,30 @@ class Keys:
         return len(self.values)
 
 
-# -- keys ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Sums of a least-squares fit y = intercept + slope * x, exact and so free of order.
-
-    x is an integer and y a float32, so every product is a dyadic rational: Fractions hold the sums
-    without rounding, and any split into shards gives the same fit to the last bit.
-    """
-
-    n: int = 0
-    x: int = 0
-    xx: int = 0
-    y: Fraction = Fraction(0)
-    xy: Fraction = Fraction(0)
-
-    @classmethod
-    def of(cls, x: np.ndarray, y: np.ndarray) -> "Moments":
-        """Moments of integers x (N,) and finite float32 or float64 y (N,)."""
-        x = x.astype(np.int64)
-        sum_y, sum_xy = _exact_sum(y), Fraction(0)
-        for value in np.unique(x).tolist():
-            sum_xy += value * _exact_sum(y[x == value])
-        return cls(len(x), int(x.sum()), int((x * x).sum()), sum_y, sum_xy)
-
-    def __add__(self, other: "Moments") -> "Moments":
-        return Moments(
-            self.n + other.n,
-            self.x + other.x,
-            self.xx + other.xx,
-            self.y + other.y,
-            self.xy + other.xy,
-        )
-
-    def fit(self) -> tuple[float, float]:
-        """(intercept, slope); slope 0 where x does not vary."""
-        if not self.n:
-            return 0.0, 0.0
-        variance = self.n * self.xx - self.x * self.x
-        slope = (self.n * self.xy - self.x * self.y) / variance if variance else Fraction(0)
-        return float((self.y - slope * self.x) / self.n), float(slope)
-
-
-def _exact_sum(values: np.ndarray) -> Fraction:
-    """Sum without rounding, by adding integer mantissas within each binary exponent."""
-    if not len(values):
-        return Fraction(0)
-    mantissas, exponents = np.frexp(values.astype(np.float64))
-    # 53-bit mantissas: halves of 27 bits cannot overflow an int64 below 2**36 rows.
-    whole = (mantissas * 2.0**53).astype(np.int64)
-    high, low = whole >> 26, whole & ((1 << 26) - 1)
-    total = Fraction(0)
-    for exponent in np.unique(exponents).tolist():
-        rows = exponents == exponent
-        integer = (int(high[rows].sum()) << 26) + int(low[rows].sum())
-        total += Fraction(integer) * Fraction(2) ** (exponent - 53)
-    return total
-
-
-def strategy_values(
-    scores: Mapping[str, np.ndarray],
-    pair_ids: np.ndarray,
-    strategy: str,
-    *,
-    beta: float = 0.1,
-    seed: int = 0,
-    fit: tuple[float, float] = (0.0, 0.0),
-) -> np.ndarray:
-    """The strategy's value of each pair, computed in float64 and rounded once.
-
-    Args:
-        scores: ref_chosen_logps, ref_rejected_logps (nats), num_chosen_tokens,
-            num_rejected_tokens; each (N,).
-        pair_ids: uint64 (N, 2).
-        strategy: A key of STRATEGIES.
-        beta: DPO's beta, for required_loss.
-        seed: For random.
-        fit: (intercept, slope) of `Moments.fit`, for length_adjusted_margin.
-
-    Returns:
-        float32 (N,).
-
-    Raises:
-        SelectionError: Unknown strategy, or a value is not finite.
-    """
-    if strategy == "random":
-        return _random_values(pair_ids, seed)
-    chosen = scores["ref_chosen_logps"].astype(np.float64)
-    rejected = scores["ref_rejected_logps"].astype(np.float64)
-    num_chosen = scores["num_chosen_tokens"].astype(np.float64)
-    num_rejected = scores["num_rejected_tokens"].astype(np.float64)
-    margin = chosen - rejected
-    with np.errstate(all="ignore"):
-        mean_chosen, mean_rejected = chosen / num_chosen, rejected / num_rejected
-        if strategy in ("margin", "abs_margin"):
-            values = margin
-        elif strategy in ("mean_margin", "abs_mean_margin"):
-            values = mean_chosen - mean_rejected
-        elif strategy == "length_adjusted_margin":
-            values = margin - (fit[0] + fit[1] * (num_chosen - num_rejected))
-        elif strategy == "ppl_gap":
-            values = np.exp(-mean_chosen) - np.exp(-mean_rejected)
-        elif strategy == "required_loss":
-            values = np.logaddexp(0.0, beta * margin)
-        else:
-            raise SelectionError(f"unknown strategy {strategy!r}; one of {', '.join(STRATEGIES)}")
-        if strategy.startswith("abs_"):
-            values = np.abs(values)
-        values = values.astype(np.float32)
-    bad = ~np.isfinite(values)
-    if bad.any():
-        first = pair_id_hex(pair_ids[np.flatnonzero(bad)[0]])
-        raise SelectionError(
-            f"{int(bad.sum())} values of {strategy} are not finite, the first of pair {first};"
-            " such pairs cannot be ordered: choose another strategy"
-        )
-    return values
-
-
-def _random_values(pair_ids: np.ndarray, seed: int) -> np.ndarray:
-    """Uniform in [0, 1), a function of seed and pair_id alone (splitmix64 finaliser)."""
-    start = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=8).digest(), "big")
-    with np.errstate(over="ignore"):
-        state = pair_ids[:, 0] ^ np.uint64(start)
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        state ^= state >> np.uint64(31)
-    # 24 bits: exactly what a float32 in [0, 1) can hold.
-    return ((state >> np.uint64(40)).astype(np.float64) / (1 << 24)).astype(np.float32)
-
-
-# -- the total order -----------------------------------------------------------------------------
-
-
-def sortable_bits(values: np.ndarray) -> np.ndarray:
-    """uint32 (N,) whose order is that of the finite float32 values (N,); -0.0 equals 0.0."""
-    bits = (values.astype(np.float32) + np.float32(0.0)).view(np.uint32)
-    return np.where(bits >> 31, ~bits, bits | np.uint32(0x80000000))
-
-
-def bits_to_value(bits: int) -> float:
-    """The float32 value behind sortable bits."""
-    raw = bits & 0x7FFFFFFF if bits >> 31 else ~bits & 0xFFFFFFFF
-    return float(np.array([raw], np.uint32).view(np.float32)[0])
-
-
-def pair_id_words(pair_ids: pa.ChunkedArray | pa.Array) -> np.ndarray:
-    """Uint64 (N, 2) of a fixed-size binary(16) column, comparable as big-endian numbers."""
-    chunks = pair_ids.chunks if isinstance(pair_ids, pa.ChunkedArray) else [pair_ids]
-    parts = []
-    for chunk in chunks:
-        raw = np.frombuffer(chunk.buffers()[1] or b"", dtype=">u8")
-        parts.append(raw[2 * chunk.offset : 2 * (chunk.offset + len(chunk))].reshape(-1, 2))
-    return np.concatenate(parts or [np.empty((0, 2), ">u8")]).astype(np.uint64)
-
-
-def pair_id_hex(words: np.ndarray) -> str:
-    """32 hex digits of one pair_id's two words."""
-    return f"{int(words[0]):016x}{int(words[1]):016x}"
-
-
-def _digit(keys: Keys, index: int, descending: bool) -> np.ndarray:
-    """Digit `index` of each pair's rank order: smaller means kept earlier."""
-    if index < 2:
-        bits = sortable_bits(keys.values)
-        if descending:
-            bits = ~bits
-        return ((bits >> np.uint32(16 * (1 - index))) & np.uint32(0xFFFF)).astype(np.int64)
-    word, shift = divmod(index - 2, 4)
-    words = keys.pair_ids[:, word]
-    return ((words >> np.uint64(16 * (3 - shift))) & np.uint64(0xFFFF)).astype(np.int64)
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A position in the order: the digits of the pair at one rank. None is before the first."""
-
-    digits: tuple[int, ...]
-
-    def before_or_at(self, keys: Keys, descending: bool) -> np.ndarray:
-        """Whether each pair's rank is at most this cut's; bool (N,)."""
-        less = np.zeros(len(keys), dtype=bool)
-        equal = np.ones(len(keys), dtype=bool)
-        for index, digit in enumerate(self.digits):
-            found = _digit(keys, index, descending)
-            less |= equal & (found < digit)
-            equal &= found == digit
-        return less | equal
-
-
-@dataclass
-class RadixSelect:
-    """Finds the pair of a given rank in one group, one digit a pass.
-
-    Each pass sums `histogram` over all shards and hands the sum to `narrow`.
-    """
-
-    rank: int  # 0-based, within the pairs that share `digits`
-    descending: bool
-    digits: list[int] = field(default_factory=list)
-    done: bool = False
-
-    def histogram(self, keys: Keys) -> np.ndarray:
-        """Counts by next digit of the pairs that share the digits found so far; int64 (65536,)."""
-        rows = np.ones(len(keys), dtype=bool)
-        for index, digit in enumerate(self.digits):
-            rows &= _digit(keys, index, self.descending) == digit
-        found = _digit(keys, len(self.digits), self.descending)[rows]
-        return np.bincount(found, minlength=_RADIX)
-
-    def narrow(self, histogram: np.ndarray) -> None:
-        """Take one more digit from the summed histogram."""
-        cumulative = np.cumsum(histogram)
-        digit = int(np.searchsorted(cumulative, self.rank, side="right"))
-        assert digit < _RADIX, "the rank lies within the group"
-        self.rank -= int(cumulative[digit - 1]) if digit else 0
-        self.digits.append(digit)
-        # All pairs that share these digits lie at or before the cut: further digits say nothing.
-        last = self.rank == int(histogram[digit]) - 1
-        self.done = last or len(self.digits) == _NUM_DIGITS
-
-
-# -- the decision --------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class SelectionSpec:
-    """What to keep; the fields of the config's `select` section, with exactly one size."""
+    """What to keep; the fields of the config's `select` section, with exactly one size.
+
+    Attributes:
+        strategy: A key of STRATEGIES.
+        keep: largest and smallest keep that end of the order; middle keeps the `fraction` or
+            `count` whose ranks are centred; band keeps ranks between two quantiles, or values
+            between two thresholds.
+        fraction: Share of the pairs, in (0, 1].
+        count: Number of pairs, of each source with `per_source`.
+        threshold: Keeps values >= it (largest) or <= it (smallest); with band, (low, high) keeps
+            low <= value <= high. Rounded to float32, as values are.
+        band: Quantiles (low, high) in [0, 1], counted from the smallest value.
+        per_source: Select within each source on its own.
+        beta: DPO's beta, for required_loss.
+        seed: For random.
+    """
 
     strategy: str = "mean_margin"
     keep: Literal["largest", "smallest", "middle", "band"] = "largest"
     fraction: float | None = None
     count: int | None = None
-    threshold: float | None = None
+    threshold: float | tuple[float, float] | None = None
     band: tuple[float, float] | None = None
     per_source: bool = False
     beta: float = 0.1
@@ -311,17 +84,73 @@ class SelectionSpec:
         """Whether rank 0 is the largest value; middle and band count from the smallest."""
         return self.keep == "largest"
 
+    def validate(self) -> None:
+        """Check the fields against each other.
+
+        Raises:
+            ConfigError: A field is out of range, or there is not exactly one size.
+        """
+        if self.strategy not in STRATEGIES:
+            raise ConfigError(
+                f"select.strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}"
+            )
+        if self.keep not in KEEPS:
+            raise ConfigError(f"select.keep must be one of {', '.join(KEEPS)}, got {self.keep!r}")
+        names = ("fraction", "count", "threshold", "band")
+        sizes = [name for name in names if getattr(self, name) is not None]
+        if len(sizes) != 1:
+            raise ConfigError(
+                f"select takes exactly one of {', '.join(names)},"
+                f" got {' and '.join(sizes) or 'none'}"
+            )
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            raise ConfigError(
+                f"select.fraction must be in (0, 1], got {self.fraction};"
+                " use 1.0 to keep every pair"
+            )
+        if self.count is not None and self.count < 1:
+            raise ConfigError(f"select.count must be at least 1, got {self.count}")
+        if self.band is not None and not 0 <= self.band[0] < self.band[1] <= 1:
+            raise ConfigError(f"select.band must be 0 <= low < high <= 1, got {list(self.band)}")
+        pair = isinstance(self.threshold, tuple)
+        if (self.keep == "band") != (self.band is not None or pair):
+            raise ConfigError(
+                f"select.keep {self.keep} does not go with {sizes[0]}: band takes two quantiles"
+                " (band) or two thresholds, and only band does"
+            )
+        if self.threshold is not None:
+            if self.keep == "middle":
+                raise ConfigError("select.threshold goes with keep largest, smallest or band")
+            ends = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
+            if not all(abs(end) <= _FLOAT32_MAX for end in ends) or ends[0] > ends[-1]:
+                raise ConfigError(
+                    f"select.threshold must be a finite float32, or low <= high, got"
+                    f" {self.threshold}"
+                )
+        if not (math.isfinite(self.beta) and self.beta > 0):
+            raise ConfigError(f"select.beta must be above 0, got {self.beta}")
+
+    def inside(self, values: np.ndarray) -> np.ndarray:
+        """Whether `threshold` keeps each float32 value; bool (N,)."""
+        assert self.threshold is not None, "the size is a threshold"
+        if isinstance(self.threshold, tuple):
+            low, high = (np.float32(end) for end in self.threshold)
+            return (values >= low) & (values <= high)
+        limit = np.float32(self.threshold)
+        return values >= limit if self.descending else values <= limit
+
     def ranks(self, total: int, group: str) -> tuple[int, int]:
         """Ranks [start, stop) that are kept of a group of `total` pairs.
 
-        `fraction` of N keeps floor(fraction * N + 0.5) pairs, at least one.
+        `fraction` of N keeps floor(fraction * N + 0.5) pairs (halves up, in float64), at least one
+        and at most N; a band's ends are rounded alike.
 
         Raises:
             SelectionError: `count` exceeds the group.
         """
         if self.band is not None:
-            start, stop = (int(np.floor(q * total + 0.5)) for q in self.band)
-            return start, max(stop, start)
+            start, stop = (min(total, math.floor(q * total + 0.5)) for q in self.band)
+            return start, stop
         if self.count is not None:
             where = f" of source {group}" if self.per_source else ""
             if self.count > total:
@@ -332,32 +161,122 @@ class SelectionSpec:
             size = self.count
         else:
             assert self.fraction is not None, "a spec has one size"
-            size = min(total, max(1, int(np.floor(self.fraction * total + 0.5))))
+            size = min(total, max(1, math.floor(self.fraction * total + 0.5)))
         start = (total - size) // 2 if self.keep == "middle" else 0
         return start, start + size
 
 
+def keys_of(table: pa.Table, spec: SelectionSpec, fit: tuple[float, float] = (0.0, 0.0)) -> Keys:
+    """The keys of a scores table of training pairs (see `train_rows`).
+
+    Raises:
+        SelectionError: A value is not finite.
+    """
+    pair_ids = pair_id_words(table["pair_id"])
+    values = strategy_values(
+        score_columns(table), pair_ids, spec.strategy, beta=spec.beta, seed=spec.seed, fit=fit
+    )
+    return Keys(values, pair_ids, table["source"].to_numpy())
+
+
+def train_rows(table: pa.Table) -> pa.Table:
+    """The rows of a corpus or scores table that may be selected: those of the training split."""
+    return table.filter(pc.equal(table["split"], TRAIN))
+
+
+# -- the total order -----------------------------------------------------------------------------
+
+
+def sortable_bits(values: np.ndarray) -> np.ndarray:
+    """uint32 (N,) whose order is that of the finite float32 values (N,); -0.0 equals 0.0."""
+    bits = (values.astype(np.float32) + np.float32(0.0)).view(np.uint32)
+    # Negative: all bits flip; else only the sign's.
+    return bits ^ ((bits.view(np.int32) >> 31).view(np.uint32) | np.uint32(0x80000000))
+
+
+def bits_to_value(bits: int) -> float:
+    """The float32 value behind sortable bits."""
+    raw = bits & 0x7FFFFFFF if bits >> 31 else ~bits & 0xFFFFFFFF
+    return float(np.array([raw], np.uint32).view(np.float32)[0])
+
+
+def rank_bits(values: np.ndarray, descending: bool) -> np.ndarray:
+    """Smaller means kept earlier; uint32 (N,)."""
+    bits = sortable_bits(values)
+    return ~bits if descending else bits
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A position in the order: that of the pair with this float32 value and pair_id (hex)."""
+
+    value: float
+    pair_id: str
+
+    def before_or_at(self, keys: Keys, descending: bool) -> np.ndarray:
+        """Whether each pair's rank is at most this cut's; bool (N,)."""
+        bits = rank_bits(keys.values, descending)
+        limit = rank_bits(np.array([self.value], np.float32), descending)[0]
+        result = bits < limit
+        ties = np.flatnonzero(bits == limit)
+        high, low = (np.uint64(int(part, 16)) for part in (self.pair_id[:16], self.pair_id[16:]))
+        ids = keys.pair_ids[ties]
+        result[ties] = (ids[:, 0] < high) | ((ids[:, 0] == high) & (ids[:, 1] <= low))
+        return result
+
+
 @dataclass(frozen=True)
 class Interval:
-    """The kept part of one group's order: after `lower`, up to and including `upper`.
+    """The kept part of one group's order.
 
-    Cuts are digits of the order, most significant first; None is unbounded.
+    Attributes:
+        pairs: Pairs in the group.
+        kept: Of them, kept.
+        lower: Pairs up to and including this one come too early; None where none does.
+        upper: The last pair that is kept; None with `threshold`, and where none is kept.
+        threshold: Strategy value of `upper`, or the spec's `threshold`, if it is one number.
     """
 
     pairs: int
     kept: int
-    lower: tuple[int, ...] | None
-    upper: tuple[int, ...] | None
-    threshold: float | None  # value at the inner end of the kept part, for people
+    lower: Cut | None
+    upper: Cut | None
+    threshold: float | None
+
+
+def groups_of(keys: Keys, per_source: bool) -> Iterator[tuple[str, slice | np.ndarray]]:
+    """A shard's pairs by group, as (name, rows): by source, or all in the group "all"."""
+    if not per_source:
+        yield "all", slice(None)
+        return
+    encoded = pa.array(keys.sources, pa.string()).dictionary_encode()
+    names, codes = encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
+    if len(names) == 1:
+        yield names[0], slice(None)
+        return
+    order = np.argsort(codes, kind="stable")
+    ends = np.cumsum(np.bincount(codes, minlength=len(names)))
+    yield from zip(names, np.split(order, ends[:-1]) if names else [], strict=True)
+
+
+# -- the decision --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Decision:
-    """For any pair, whether it is kept. Plain data: travels to workers and into selection.json."""
+    """For any pair, whether it is kept. Plain data: travels to workers and into selection.json.
+
+    Attributes:
+        spec: What was asked for.
+        fit: (intercept, slope) of length_adjusted_margin.
+        groups: By source with `per_source`, else one group, "all".
+        span: Values between which nearly all lie, for histograms.
+    """
 
     spec: SelectionSpec
     fit: tuple[float, float]
     groups: Mapping[str, Interval]
+    span: tuple[float, float]
 
     @property
     def kept(self) -> int:
@@ -372,124 +291,39 @@ class Decision:
         )
 
     def mask(self, keys: Keys) -> np.ndarray:
-        """Whether each pair is kept; bool (N,)."""
+        """Whether each pair is kept; bool (N,). A source that was never seen keeps none."""
         kept = np.zeros(len(keys), dtype=bool)
-        for group, interval in self.groups.items():
-            if not interval.kept:
+        for group, rows in groups_of(keys, self.spec.per_source):
+            interval = self.groups.get(group)
+            if interval is None or not interval.kept:
                 continue
-            rows = keys.sources == group if self.spec.per_source else np.ones(len(keys), dtype=bool)
-            if self.spec.threshold is not None:
-                limit = np.float32(self.spec.threshold)
-                above = keys.values >= limit
-                rows &= above if self.spec.descending else keys.values <= limit
-            if interval.upper is not None:
-                rows &= Cut(interval.upper).before_or_at(keys, self.spec.descending)
+            part = Keys(keys.values[rows], keys.pair_ids[rows], keys.sources[rows])
+            if interval.upper is None:
+                kept[rows] = self.spec.inside(part.values)
+                continue
+            inside = interval.upper.before_or_at(part, self.spec.descending)
             if interval.lower is not None:
-                rows &= ~Cut(interval.lower).before_or_at(keys, self.spec.descending)
-            kept |= rows
+                inside &= ~interval.lower.before_or_at(part, self.spec.descending)
+            kept[rows] = inside
         return kept
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; `from_json` restores the decision."""
-        return {
-            "spec": asdict(self.spec),
-            "fit": list(self.fit),
-            "groups": {name: asdict(group) for name, group in self.groups.items()},
-        }
+        return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Decision":
         """The decision that `to_json` wrote."""
 
-        def cut(digits: list[int] | None) -> tuple[int, ...] | None:
-            return None if digits is None else tuple(digits)
+        def plain(value: Any) -> Any:
+            return tuple(value) if isinstance(value, list) else value
 
-        spec = dict(data["spec"])
-        spec["band"] = None if spec["band"] is None else tuple(spec["band"])
+        def cut(value: Mapping[str, Any] | None) -> Cut | None:
+            return None if value is None else Cut(**value)
+
+        spec = SelectionSpec(**{name: plain(value) for name, value in data["spec"].items()})
         groups = {
-            name: Interval(**{**g, "lower": cut(g["lower"]), "upper": cut(g["upper"])})
-            for name, g in data["groups"].items()
+            name: Interval(**{**group, "lower": cut(group["lower"]), "upper": cut(group["upper"])})
+            for name, group in data["groups"].items()
         }
-        return cls(SelectionSpec(**spec), tuple(data["fit"]), groups)
-
-
-def decide(
-    shards: Callable[[], Iterable[Keys]], spec: SelectionSpec, fit: tuple[float, float] = (0.0, 0.0)
-) -> Decision:
-    """The exact decision over all shards, in a few passes over them.
-
-    Args:
-        shards: Called once a pass; yields the keys of each shard. Order and split do not matter.
-        spec: What to keep.
-        fit: Of length_adjusted_margin.
-
-    Raises:
-        SelectionError: There are no pairs, or fewer than `count`.
-    """
-    totals: dict[str, int] = {}
-    beyond: dict[str, int] = {}
-    for keys in shards():
-        for name, part in _groups(keys, spec):
-            totals[name] = totals.get(name, 0) + len(part)
-            if spec.threshold is not None:
-                limit = np.float32(spec.threshold)
-                inside = part.values >= limit if spec.descending else part.values <= limit
-                beyond[name] = beyond.get(name, 0) + int(inside.sum())
-    if not sum(totals.values()):
-        raise SelectionError(
-            "there is no scored training pair to select from; lower corpus.holdout_fraction or"
-            " check the quarantine"
-        )
-    if spec.threshold is not None:
-        groups = {
-            name: Interval(total, beyond[name], None, None, float(spec.threshold))
-            for name, total in totals.items()
-        }
-        return Decision(spec, fit, dict(sorted(groups.items())))
-    ranges = {name: spec.ranks(total, name) for name, total in totals.items()}
-    searches: dict[tuple[str, str], RadixSelect] = {}
-    for name, (start, stop) in ranges.items():
-        if start > 0:
-            searches[name, "lower"] = RadixSelect(start - 1, spec.descending)
-        if start < stop < totals[name]:
-            searches[name, "upper"] = RadixSelect(stop - 1, spec.descending)
-    while active := {key: search for key, search in searches.items() if not search.done}:
-        sums = {key: np.zeros(_RADIX, dtype=np.int64) for key in active}
-        for keys in shards():
-            for name, part in _groups(keys, spec):
-                for end in ("lower", "upper"):
-                    if (name, end) in active:
-                        sums[name, end] += active[name, end].histogram(part)
-        for key, search in active.items():
-            search.narrow(sums[key])
-    groups = {}
-    for name, total in totals.items():
-        start, stop = ranges[name]
-        lower, upper = (
-            tuple(searches[name, end].digits) if (name, end) in searches else None
-            for end in ("lower", "upper")
-        )
-        groups[name] = Interval(
-            total, stop - start, lower, upper, _value_at(upper or lower, spec.descending)
-        )
-    return Decision(spec, fit, dict(sorted(groups.items())))
-
-
-def _groups(keys: Keys, spec: SelectionSpec) -> Iterator[tuple[str, Keys]]:
-    """A shard's pairs by group: by source, or all in the group "all"."""
-    if not spec.per_source:
-        yield "all", keys
-        return
-    for name in np.unique(keys.sources).tolist():
-        rows = keys.sources == name
-        yield name, Keys(keys.values[rows], keys.pair_ids[rows], keys.sources[rows])
-
-
-def _value_at(digits: tuple[int, ...] | None, descending: bool) -> float | None:
-    """The strategy value that a cut lies at; to 16 bits where one digit was enough."""
-    if digits is None:
-        return None
-    fill = 0xFFFF  # of a cut at one digit, the last value that shares it
-    bits = digits[0] << 16 | (digits[1] if len(digits) > 1 else fill)
-    value = bits_to_value(~bits & 0xFFFFFFFF if descending else bits)
-    return value if np.isfinite(value) else None
+        return cls(spec, tuple(data["fit"]), groups, tuple(data["span"]))

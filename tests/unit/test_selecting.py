@@ -1,0 +1,191 @@
+"""Selecting over the shards of a run folder: the kept pairs, the facts, the known labels."""
+
+import hashlib
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from refscale import schema, selecting
+from refscale.config import SelectConfig
+from refscale.errors import ConfigError, SelectionError
+from refscale.radix import decide
+from refscale.selection import keys_of
+from refscale.stages import FileRecord, StageFolder
+from refscale.storage import Store
+
+
+def make_run(root, num_pairs=200, shard_pairs=30, *, seed=0, flipped=True):
+    """A run folder with corpus/ and scores/; every fifth pair is held out."""
+    rng = np.random.default_rng(seed)
+    store = Store(root)
+    corpus, scores = StageFolder(store, "corpus"), StageFolder(store, "scores")
+    rows = []
+    for i in range(num_pairs):
+        chosen, rejected = rng.integers(3, 40, 2)
+        wrong = bool(rng.random() < 0.3)
+        rows.append(
+            {
+                "pair_id": hashlib.blake2b(f"{i}".encode(), digest_size=16).digest(),
+                "source": "even" if i % 2 == 0 else "odd",
+                "source_row": i,
+                "split": schema.HOLDOUT if i % 5 == 0 else schema.TRAIN,
+                "prompt_ids": [1, i],
+                "chosen_ids": [i] * int(chosen),
+                "rejected_ids": [i, 7] * int(rejected),
+                "chosen_truncated": False,
+                "rejected_truncated": False,
+                "conversational": False,
+                "prompt": f"prompt {i}",
+                "chosen": f"chosen {i}",
+                "rejected": f"rejected {i}",
+                "passthrough": json.dumps({"wrong": wrong} if flipped else {}),
+                "ref_chosen_logps": np.float32(-2.0 * chosen - (3.0 * chosen if wrong else 0)),
+                "ref_rejected_logps": np.float32(-4.0 * rejected + rng.normal()),
+                "num_prompt_tokens": 2,
+                "num_chosen_tokens": int(chosen),
+                "num_rejected_tokens": 2 * int(rejected),
+            }
+        )
+    names = []
+    for start in range(0, num_pairs, shard_pairs):
+        some = rows[start : start + shard_pairs]
+        name = f"shard-{len(names):05d}"
+        names.append(name)
+        for folder, table_schema in ((corpus, schema.CORPUS), (scores, schema.SCORES)):
+            columns = [{key: row[key] for key in table_schema.names} for row in some]
+            folder.commit_shard(name, pa.Table.from_pylist(columns, schema=table_schema))
+    return corpus, scores, names, rows
+
+
+def decide_here(scores, names, config):
+    """What the pipeline does, in one process."""
+    spec = selecting.spec_of(config)
+    fit = (0.0, 0.0)
+    if spec.strategy == "length_adjusted_margin":
+        fit = selecting.moments(scores)(names).fit()
+
+    def shards():
+        for name in names:
+            yield keys_of(selecting._train_scores(scores, name), spec, fit)
+
+    return decide(shards, spec, fit)
+
+
+def kept_ids(selection, records):
+    tables = [selection.read_table(record.name) for record in records]
+    return {pair_id for table in tables for pair_id in table["pair_id"].to_pylist()}
+
+
+def run_keep(root, corpus, scores, names, decision):
+    selection = StageFolder(Store(root), "selection")
+    keep = selecting.keep_pairs(corpus, scores, selection, decision)
+    records = [FileRecord.from_dict(json.loads(keep({"shard": n})["record"])) for n in names]
+    return selection, records
+
+
+def test_the_kept_set_is_that_of_a_numpy_sort_and_holds_only_training_pairs(tmp_path):
+    corpus, scores, names, rows = make_run(tmp_path)
+    decision = decide_here(scores, names, SelectConfig(strategy="mean_margin", fraction=0.3))
+    selection, records = run_keep(tmp_path, corpus, scores, names, decision)
+
+    training = [row for row in rows if row["split"] == schema.TRAIN]
+    key = [
+        np.float32(
+            np.float64(row["ref_chosen_logps"]) / row["num_chosen_tokens"]
+            - np.float64(row["ref_rejected_logps"]) / row["num_rejected_tokens"]
+        )
+        for row in training
+    ]
+    order = sorted(range(len(training)), key=lambda i: (-key[i], training[i]["pair_id"]))
+    expected = {training[i]["pair_id"] for i in order[:48]}  # 0.3 * 160
+    assert kept_ids(selection, records) == expected
+    selecting.check(records, decision)
+
+
+def test_kept_pairs_carry_the_ids_and_sums_of_their_own_row(tmp_path):
+    corpus, scores, names, rows = make_run(tmp_path)
+    decision = decide_here(scores, names, SelectConfig(fraction=0.5))
+    selection, records = run_keep(tmp_path, corpus, scores, names, decision)
+    by_id = {row["pair_id"]: row for row in rows}
+    for record in records:
+        for pair in selection.read_table(record.name).to_pylist():
+            row = by_id[pair["pair_id"]]
+            for name in ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps"):
+                assert pair[name] == row[name], name
+
+
+def test_decision_and_facts_do_not_depend_on_the_shards(tmp_path):
+    results = []
+    for shard_pairs in (7, 200):
+        corpus, scores, names, _ = make_run(tmp_path / str(shard_pairs), shard_pairs=shard_pairs)
+        config = SelectConfig(strategy="length_adjusted_margin", fraction=0.4)
+        decision = decide_here(scores, names, config)
+        found = selecting.Facts()
+        for group in (names[::2], names[1::2]):
+            found += selecting.facts(scores, decision)(group)
+        results.append((decision, selecting.describe(corpus, scores, decision, found)))
+    assert results[0] == results[1]
+
+
+def test_examples_come_from_both_ends_and_the_cut(tmp_path):
+    corpus, scores, names, rows = make_run(tmp_path)
+    decision = decide_here(scores, names, SelectConfig(fraction=0.5))
+    found = selecting.facts(scores, decision)(names)
+    examples = selecting.describe(corpus, scores, decision, found)["examples"]
+    threshold = decision.groups["all"].threshold
+    assert all(example["kept"] for example in examples["top"])
+    assert not any(example["kept"] for example in examples["bottom"])
+    assert {example["kept"] for example in examples["cut"]} == {True, False}
+    assert min(example["selection_key"] for example in examples["top"]) > threshold
+    # The kept pair nearest to the cut is the cut itself.
+    assert examples["cut"][0]["selection_key"] == threshold
+    by_id = {row["pair_id"].hex(): row for row in rows}
+    for place in examples.values():
+        for example in place:
+            assert example["chosen"] == by_id[example["pair_id"]]["chosen"]
+
+
+def test_per_source_keeps_the_share_of_each_source(tmp_path):
+    corpus, scores, names, _ = make_run(tmp_path)
+    decision = decide_here(scores, names, SelectConfig(fraction=0.5, per_source=True))
+    found = selecting.facts(scores, decision)(names)
+    facts = selecting.describe(corpus, scores, decision, found)
+    assert facts["sources"] == {"even": {"pairs": 80, "kept": 40}, "odd": {"pairs": 80, "kept": 40}}
+
+
+def test_purity_counts_the_right_labels_of_training_pairs(tmp_path):
+    corpus, scores, names, rows = make_run(tmp_path)
+    decision = decide_here(scores, names, SelectConfig(fraction=0.5))
+    result = selecting.purity(corpus, scores, names, decision, "wrong")
+    training = [row for row in rows if row["split"] == schema.TRAIN]
+    right = [not json.loads(row["passthrough"])["wrong"] for row in training]
+    assert result["n"] == 160 and result["n_kept"] == 80
+    assert result["corpus"]["value"] == pytest.approx(np.mean(right))
+    # Flipped pairs got 3 nats a token less, so the kept half is all right.
+    assert result["kept"]["value"] > 0.95
+
+
+def test_a_flipped_column_that_no_pair_has_is_refused_with_the_columns_there_are(tmp_path):
+    corpus, scores, names, _ = make_run(tmp_path)
+    decision = decide_here(scores, names, SelectConfig(fraction=0.5))
+    with pytest.raises(ConfigError, match=r"'flip'.*carries wrong"):
+        selecting.purity(corpus, scores, names, decision, "flip")
+
+
+def test_scores_of_another_corpus_are_refused(tmp_path):
+    corpus, scores, names, _ = make_run(tmp_path)
+    table = corpus.read_table(f"{names[0]}.parquet")
+    corpus.commit_shard(names[0], table.slice(5))
+    decision = decide_here(scores, names, SelectConfig(fraction=1.0))
+    with pytest.raises(SelectionError, match="not in the corpus"):
+        run_keep(tmp_path, corpus, scores, names[:1], decision)
+
+
+def test_shards_that_do_not_hold_what_was_decided_are_refused(tmp_path):
+    corpus, scores, names, _ = make_run(tmp_path)
+    decision = decide_here(scores, names, SelectConfig(fraction=0.5))
+    _, records = run_keep(tmp_path, corpus, scores, names[1:], decision)
+    with pytest.raises(SelectionError, match="80 were decided on"):
+        selecting.check(records, decision)
