@@ -11,17 +11,19 @@ a function of the corpus' contents alone; redoing a part gives the same bytes.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from refscale import preparation, schema
-from refscale.encoding import Encoder
-from refscale.storage import FileRecord, StageFolder
+from refscale.encoding import Encoder, EncoderSettings
+from refscale.stages import FileRecord, StageFolder
 
 # The top ten bits of the prompt hash: finer than the shards of any corpus below a few million
 # pairs, and beyond that a bucket of one slice is cut into several shards.
@@ -47,8 +49,10 @@ def names(num_units: int) -> list[str]:
 
 
 @lru_cache(maxsize=2)
-def _encoder(settings: preparation.EncoderSettings) -> Encoder:
+def _encoder(settings: EncoderSettings) -> Encoder:
     """Loaded once per worker process: Ray keeps those for the next task."""
+    # A task has its CPUs, and its neighbours theirs: the tokenizer must not take all cores.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return settings.load()
 
 
@@ -110,7 +114,8 @@ def plan_buckets(fragments: Sequence[FileRecord], shard_pairs: int) -> list[Buck
     for record in fragments:
         for index, size in record.counts["slices"].items():
             sizes[int(index)] += size
-    buckets, first, held = [], 0, 0
+    buckets: list[Bucket] = []
+    first = held = 0
     for index, size in enumerate(sizes.tolist()):
         if held and held + size / 2 > shard_pairs:
             buckets.append(Bucket(f"shard-{len(buckets):05d}", first, index - 1))
@@ -187,4 +192,4 @@ def _cuts(prompt_hash: pa.ChunkedArray, shard_pairs: int) -> list[tuple[int, int
     rows = len(prompt_hash)
     count = max(1, round(rows / shard_pairs)) if rows > _OVERSIZE * shard_pairs else 1
     edges = np.linspace(0, rows, count + 1).astype(int).tolist()
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(edges))

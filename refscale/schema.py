@@ -21,7 +21,7 @@ CORPUS = pa.schema(
     [
         pa.field("pair_id", pa.binary(16), nullable=False),
         pa.field("source", pa.string(), nullable=False),
-        pa.field("source_row", pa.int64(), nullable=False),  # 0-based row (line) in its source
+        pa.field("source_row", pa.int64(), nullable=False),  # 0-based row (line) in its file
         pa.field("split", pa.string(), nullable=False),  # TRAIN or HOLDOUT
         # Already truncated: what is stored is what is scored and trained on.
         pa.field("prompt_ids", _IDS, nullable=False),

@@ -1,0 +1,249 @@
+"""Every file format gives the same rows; ranges of a file give each row once, with its number."""
+
+import gzip
+import json
+import random
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import string_pairs, write_jsonl
+
+from refscale import reading, sources
+from refscale.config import Source
+from refscale.corpus import Refusal
+from refscale.errors import CorpusError
+from refscale.sources import contents, locate, plan_units
+
+ROWS = string_pairs(250)
+
+
+def read(path, *, unit_bytes=1 << 20, max_rows=None, max_row_bytes=1 << 20, **options):
+    """(row number, row) of everything, and the number of units."""
+    found = locate(Source(path=str(path), **options), 0)
+    units = plan_units(found, unit_bytes, max_rows)
+    rows = [
+        (number, row)
+        for unit in units
+        for part in unit.parts
+        for number, row, _ in reading.read_rows(part, max_row_bytes)
+    ]
+    return rows, len(units)
+
+
+def write(folder, kind):
+    """ROWS as one of the formats; the path to read."""
+    text = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    table = pa.Table.from_pylist(ROWS)
+    path = folder / f"rows.{kind}"
+    if kind == "jsonl":
+        path.write_bytes(text)
+    elif kind == "jsonl.gz":
+        # Two members, as concatenated gzip files have.
+        path.write_bytes(
+            gzip.compress(text[: len(text) // 2]) + gzip.compress(text[len(text) // 2 :])
+        )
+    elif kind == "jsonl.zst":
+        half = len(text) // 2
+        compress = zstandard.ZstdCompressor().compress
+        path.write_bytes(compress(text[:half]) + compress(text[half:]))
+    elif kind == "json":
+        path.write_text(json.dumps(ROWS, indent=1))
+    elif kind == "parquet":
+        pq.write_table(table, path, row_group_size=60)
+    elif kind == "arrow":
+        with pa.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=70)
+    elif kind == "feather":
+        with pa.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=70)
+    elif kind == "saved":
+        import datasets
+
+        datasets.Dataset.from_list(ROWS).save_to_disk(path)
+    elif kind == "saved_dict":
+        import datasets
+
+        halves = {"train": ROWS, "test": ROWS[:10]}
+        loaded = {name: datasets.Dataset.from_list(rows) for name, rows in halves.items()}
+        datasets.DatasetDict(loaded).save_to_disk(path)
+    return path
+
+
+KINDS = (
+    "jsonl jsonl.gz jsonl.zst json parquet arrow feather saved saved_dict".split()
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_format_gives_the_same_rows_whole_and_in_pieces(kind, tmp_path, monkeypatch):
+    path = write(tmp_path, kind)
+    expected = list(enumerate(ROWS))
+    assert read(path)[0] == expected
+    monkeypatch.setattr(sources, "_UNIT_ROWS", 37)
+    monkeypatch.setattr(reading, "_BLOCK", 1000)
+    rows, units = read(path, unit_bytes=3000)
+    assert rows == expected
+    assert units > 3 or kind == "json"
+    assert read(path, unit_bytes=3000, max_rows=101)[0] == expected[:101]
+    assert read(path, max_rows=10_000)[0] == expected
+
+
+def test_a_split_is_named_or_train(tmp_path):
+    path = write(tmp_path, "saved_dict")
+    assert len(read(path, split="test")[0]) == 10
+    with pytest.raises(CorpusError, match="no split dev; set split to one of train, test"):
+        read(path, split="dev")
+    with pytest.raises(CorpusError, match="plain files"):
+        read(write(tmp_path, "jsonl"), split="train")
+
+
+LINES = st.lists(
+    st.one_of(
+        st.just(b""),
+        st.just(b"   "),
+        st.just(b"\r"),
+        st.just(b"\xff\xfe"),
+        st.just(b"{not json"),
+        st.integers(0, 60).map(lambda n: json.dumps({"x": "y" * n}).encode()),
+    ),
+    min_size=1,
+    max_size=40,
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(lines=LINES, end=st.booleans(), size=st.integers(1, 300), block=st.integers(1, 64))
+def test_byte_ranges_yield_each_line_once_with_its_number(
+    tmp_path_factory, lines, end, size, block
+):
+    path = tmp_path_factory.mktemp("lines") / "rows.jsonl"
+    path.write_bytes(b"\n".join(lines) + (b"\n" if end else b""))
+    expected = [i for i, line in enumerate(lines) if line.strip()]
+    patch = pytest.MonkeyPatch()
+    patch.setattr(reading, "_BLOCK", block)
+    try:
+        if path.stat().st_size:
+            whole, _ = read(path)
+            rows, _ = read(path, unit_bytes=size)
+            few, _ = read(path, unit_bytes=size, max_rows=5)
+            short, _ = read(path, unit_bytes=size, max_row_bytes=20)
+            assert [number for number, _ in rows] == expected
+            assert rows == whole
+            assert few == whole[:5]
+            for (number, row), (_, full) in zip(short, whole, strict=True):
+                if len(lines[number]) > 20:
+                    assert isinstance(row, Refusal)
+                    assert row.reason == "row_too_large"
+                else:
+                    assert row == full
+    finally:
+        patch.undo()
+
+
+def test_a_bad_line_is_one_refused_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    good = json.dumps(ROWS[0]).encode()
+    deep = b"[" * 100_000
+    path.write_bytes(
+        b"\xef\xbb\xbf" + good + b"\n\n" + b"\xff\n" + b"{,}\n" + deep + b"\n" + good + b"\r\n"
+    )
+    rows, _ = read(path)
+    assert [number for number, _ in rows] == [0, 2, 3, 4, 5]
+    assert rows[0][1] == rows[4][1] == ROWS[0]
+    assert [row.reason for _, row in rows[1:4]] == ["bad_encoding", "bad_json", "bad_json"]
+
+
+def test_large_rows_of_tables_are_refused(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist([{"x": "a" * 10}, {"x": "a" * 100}]), path)
+    rows, _ = read(path, max_row_bytes=50)
+    assert rows[0] == (0, {"x": "a" * 10})
+    assert rows[1][1].reason == "row_too_large"
+
+
+def test_json_lines_may_be_called_json(tmp_path):
+    path = write_jsonl(tmp_path / "rows.json", ROWS)
+    assert read(path)[0] == list(enumerate(ROWS))
+
+
+def test_folders_and_globs_are_read_in_the_order_of_names(tmp_path):
+    for i, name in enumerate(["b/2.jsonl", "a.jsonl", "b/1.jsonl.gz", "c.parquet"]):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        if name.endswith("parquet"):
+            pq.write_table(pa.Table.from_pylist([{"i": i}]), path)
+        else:
+            line = json.dumps({"i": i}).encode()
+            path.write_bytes(gzip.compress(line) if name.endswith("gz") else line)
+    (tmp_path / "README.md").write_text("not data")
+    (tmp_path / ".hidden.jsonl").write_text("junk")
+    order = [row["i"] for _, row in read(tmp_path)[0]]
+    assert order == [1, 2, 0, 3]
+    assert [row["i"] for _, row in read(tmp_path / "*.jsonl")[0]] == [1]
+    assert [row["i"] for _, row in read(tmp_path / "**/*.jsonl*")[0]] == [1, 2, 0]
+    assert [row["i"] for _, row in read(tmp_path / "b/[1]*")[0]] == [2]
+    # Small files share a unit; each row still knows its file.
+    assert read(tmp_path)[1] == 1
+
+
+def test_object_store_uris_are_read_like_local_files():
+    import fsspec
+
+    fs = fsspec.filesystem("memory")
+    text = "".join(json.dumps(row) + "\n" for row in ROWS)
+    fs.pipe("/corpus/a.jsonl", text.encode())
+    fs.pipe("/corpus/b.jsonl.gz", gzip.compress(text.encode()))
+    expected = list(enumerate(ROWS))
+    assert read("memory://corpus/a.jsonl", unit_bytes=3000)[0] == expected
+    assert read("memory://corpus/*.jsonl*")[0] == expected * 2
+    found = locate(Source(path="memory://corpus"), 0)
+    assert set(contents(found)) == {"a.jsonl", "b.jsonl.gz"}
+    with pytest.raises(CorpusError, match="does not exist"):
+        read("memory://corpus/missing.jsonl")
+
+
+def test_a_source_is_named_by_its_path(tmp_path):
+    for name in ("plain.jsonl", "packed.v2.jsonl.gz"):
+        (tmp_path / name).write_bytes(b"")
+    assert locate(Source(path=str(tmp_path / "plain.jsonl")), 0).name == "plain"
+    assert locate(Source(path=str(tmp_path / "packed.v2.jsonl.gz")), 0).name == "packed.v2"
+    assert locate(Source(path=str(tmp_path / "*.jsonl")), 0).name == tmp_path.name
+    assert locate(Source(path=str(tmp_path), name="mine"), 0).name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.jsonl", None, "does not exist"),
+        ("none-*.jsonl", None, "no file matches"),
+        ("rows.csv", b"a,b", "no known format"),
+        ("bad.parquet", b"PAR1junk", "bad.parquet cannot be read as parquet"),
+        ("bad.arrow", b"junk", "bad.arrow cannot be read as arrow"),
+        ("bad.json", b"[1, 2", "not a JSON array"),
+        ("bad.jsonl.gz", gzip.compress(b'{"x": 1}\n' * 99)[:-9], "bad.jsonl.gz cannot be read"),
+        ("bad.jsonl.zst", b"junk", "bad.jsonl.zst cannot be read"),
+        ("ftp://host/x.jsonl", None, "cannot open|cannot be opened"),
+    ],
+)
+def test_an_unreadable_source_is_one_error_that_names_it(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(CorpusError, match=message):
+        read(name if "://" in name else tmp_path / name)
+
+
+def test_an_empty_folder_is_an_error(tmp_path):
+    with pytest.raises(CorpusError, match="holds no file that can be read"):
+        read(tmp_path)
+
+
+def test_contents_follow_the_files_bytes(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    before = contents(locate(Source(path=str(path)), 0))
+    text = path.read_text()
+    path.write_text(text[:-2] + " }"[::-1] if random.Random(0).random() > 1 else text + "\n")
+    assert contents(locate(Source(path=str(path)), 0)) != before
