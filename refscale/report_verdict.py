@@ -1,0 +1,73 @@
+"""The verdict on a run: a few sentences at the top of its report, the most telling first.
+
+In: the values of report.json. Out: sentences; each is left out where its numbers are not there.
+"""
+
+from typing import Any
+
+Values = dict[str, Any]
+
+
+def verdict(values: Values) -> list[str]:
+    """The run in a few sentences, the most telling first."""
+    selection, training = values["selection"] or {}, values["training"] or {}
+    evaluation = values["evaluation"] or {}
+    said = []
+    size = _size(selection.get("share"))
+    if purity := evaluation.get("purity"):
+        kept, corpus, random = (
+            _percent(purity[name]["value"]) for name in ("kept", "corpus", "random")
+        )
+        said.append(
+            f"Of the kept {size}, {kept} have the right label; of the corpus, {corpus};"
+            f" of a random {size}, {random}."
+        )
+    if overall := evaluation.get("overall"):
+        accuracy = overall["reward_accuracy"]
+        before, after = accuracy["before"], accuracy["after"]
+        sentence = (
+            f"Holdout reward accuracy {before['value']:.2f} → {after['value']:.2f}"
+            f" [{after['low']:.2f}, {after['high']:.2f}] on {overall['n']:,} pairs"
+        )
+        if after["low"] <= before["value"] <= after["high"]:
+            sentence += ", which is not clearly a change"
+        said.append(sentence + ".")
+    elif values["evaluation"] is not None:
+        said.append("There is no holdout, so nothing says whether training helped.")
+    loss = (training.get("curves") or {}).get("loss", {}).get("values") or []
+    if len(loss) > 1:
+        said.append(f"Training loss {loss[0]:.3f} → {loss[-1]:.3f} in {_steps(training)}.")
+    if selection.get("num_pairs"):
+        said.append(
+            f"{selection['num_kept']:,} of {selection['num_pairs']:,} pairs kept by"
+            f" {selection['strategy']}, {selection['keep']}."
+        )
+    if selection.get("follows_length"):
+        correlation = f"{selection['all']['key_length_correlation']:+.2f}".replace("-", "−")
+        said.append(
+            "The selection key follows length: its correlation with the difference in tokens is"
+            f" {correlation}, so length was selected as well."
+        )
+    todo = list(dict.fromkeys(s["command"] for s in values["stages"] if not s["done"]))
+    if todo:
+        said.append(f"Not finished: {', '.join(todo)}.")
+    return said
+
+
+def _size(share: float | None) -> str:
+    if share is None:
+        return "part"
+    return "half" if abs(share - 0.5) < 0.005 else _percent(share)
+
+
+def _percent(share: float) -> str:
+    """Whole percents, but never 0 % or 100 % of something in between."""
+    digits = 0 if 0.005 <= share < 0.995 or share in (0, 1) else 1
+    return f"{100 * share:.{digits}f} %"
+
+
+def _steps(training: Values) -> str:
+    last, total = training.get("last_step"), training.get("max_steps")
+    if training.get("finished") or not total:
+        return f"{last:,} steps"
+    return f"{last:,} of {total:,} steps so far"

@@ -1,0 +1,515 @@
+"""The report: what it shows is what report.json holds, whatever the run and the corpus hold."""
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from html.parser import HTMLParser
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from refscale import plots, schema, selecting, summary
+from refscale.config import Config
+from refscale.counts import Counts
+from refscale.evaluation import evaluate_pairs, label_purity
+from refscale.radix import decide
+from refscale.report import collect, render_html, report_json, turns
+from refscale.selection import keys_of
+from refscale.stages import FileRecord, StageFolder
+from refscale.storage import Store
+
+HOSTILE = (
+    "<script>alert(1)</script></details></pre><img src=x onerror=alert(2)>"
+    "<a href='javascript:alert(3)'>\u202ebidi \x00\x1b[31m \" & {{ 7*7 }}"
+)
+STAGES = ("prepare", "score", "select", "train", "evaluate")
+CONFIG = {
+    "model": {"model_name_or_path": "sft"},
+    "corpus": {"sources": [{"path": "s3://me:hunter2@bucket/pairs.jsonl", "name": "docs"}]},
+    "train": {"trl": {"hub_token": "hf_very_secret"}},
+    "evaluate": {"flipped_column": "flipped"},
+}
+
+
+@dataclass
+class Made:
+    store: Store
+    config: Config
+
+    def data(self):
+        return collect(self.store, self.config)
+
+
+def chat(*turns_):
+    return json.dumps([{"role": role, "content": content} for role, content in turns_])
+
+
+def make_run(
+    root,
+    upto="evaluate",
+    *,
+    num_pairs=400,
+    text="Summarise.",
+    refused=True,
+    select=None,
+    config=None,
+) -> Made:
+    """A run folder as the stages write it, with `text` in all places that hold corpus text."""
+    store = Store(root)
+    config = Config.model_validate({**CONFIG, "select": select or {}, **(config or {})})
+    stages = STAGES[: STAGES.index(upto) + 1]
+    rows = _rows(num_pairs, text)
+    _prepare(store, rows, text, refused)
+    if "score" in stages:
+        _score(store, rows)
+    if "select" in stages:
+        decision = _select(store, config)
+    if "train" in stages:
+        _train(store)
+    if "evaluate" in stages:
+        _evaluate(store, rows, decision, config)
+    return Made(store, config)
+
+
+def _rows(num_pairs, text):
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(num_pairs):
+        chosen, rejected = (int(n) for n in rng.integers(20, 200, 2))
+        wrong = bool(rng.random() < 0.3)
+        gain = rng.normal(-0.8 if wrong else 0.8, 0.7)
+        rows.append(
+            {
+                "pair_id": hashlib.blake2b(f"{i}".encode(), digest_size=16).digest(),
+                "source": "docs" if i % 3 else f"forum {text[:60]}",
+                "source_row": i,
+                "split": schema.HOLDOUT if i % 5 == 0 else schema.TRAIN,
+                "prompt_ids": [1, 2],
+                "chosen_ids": [3] * chosen,
+                "rejected_ids": [4] * rejected,
+                "chosen_truncated": False,
+                "rejected_truncated": False,
+                "conversational": True,
+                "prompt": chat(("system", text), ("user", f"What does function {i} do?")),
+                "chosen": chat(("assistant", f"It returns {i}. {text}")),
+                "rejected": f"It prints {i}. {text}",
+                "passthrough": json.dumps({"flipped": wrong}),
+                "ref_chosen_logps": (gain - 2.5) * chosen,
+                "ref_rejected_logps": -2.5 * rejected,
+                "num_prompt_tokens": 1,
+                "num_chosen_tokens": chosen,
+                "num_rejected_tokens": rejected,
+                "policy_chosen_logps": (gain - 2.5) * chosen + rng.normal(3, 4),
+                "policy_rejected_logps": -2.5 * rejected,
+            }
+        )
+    return rows
+
+
+def _table(rows, wanted):
+    return pa.Table.from_pylist([{n: row[n] for n in wanted.names} for row in rows], schema=wanted)
+
+
+def _prepare(store, rows, text, refused):
+    corpus, quarantine = StageFolder(store, "corpus"), StageFolder(store, "quarantine")
+    reasons = ["bad_json"] * 5 + ["tie"] * 2 if refused else []
+    bad = [
+        {
+            "source": "docs",
+            "file": "pairs.jsonl",
+            "source_row": i,
+            "reason": reason,
+            "detail": f"seen: {text}",
+            "raw": text * 40,
+        }
+        for i, reason in enumerate(reasons)
+    ]
+    record = quarantine.publish_table("unit-00000.parquet", _table(bad, schema.QUARANTINE))
+    counts = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
+    fingerprint = {"sources": {"docs": text}}
+    quarantine.finish(fingerprint, [record], counts=counts, seconds=0.5)
+    record = corpus.commit_shard("shard-00000", _table(rows, schema.CORPUS))
+    corpus.finish(
+        fingerprint,
+        [record],
+        counts=Counts(
+            read=len(rows) + len(bad) + 9,
+            quarantined=counts,
+            duplicates=9,
+            kept=len(rows),
+            holdout=len(rows) // 5,
+        ).as_dict(),
+        seconds=3.25,
+        details={"sources": [f"docs: trl shape {text}"]},
+    )
+
+
+def _score(store, rows):
+    folder = StageFolder(store, "scores")
+    records = []
+    for shard in range(4):
+        stats = {
+            "useful_tokens": 9_000 + shard,
+            "computed_tokens": 10_000,
+            "head_rows": 5_000,
+            "flops": 2.5e12,
+            "oom_retries": 0,
+            "peak_memory_bytes": 3 << 30,
+        }
+        counts = {
+            "pairs": len(rows) // 4,
+            "unscorable": [],
+            "replica": f"node-{shard % 2}:41{shard % 2}",
+            "seconds": 1.5 + 0.5 * (shard % 2),
+            "wait_s": 0.25,
+            "stats": stats,
+            "engine": {
+                "device": "NVIDIA H100 80GB HBM3",
+                "dtype": "bfloat16",
+                "dtype_reason": "the device computes it fast",
+                "path": "packed",
+                "path_reason": "self-check passed, largest error 0.0031 nats",
+                "token_budget": 65536,
+            },
+        }
+        records.append(FileRecord(f"{shard}", 0, 0, "", counts))
+    details = summary.scoring_details(records, 4.5)
+    record = folder.commit_shard("shard-00000", _table(rows, schema.SCORES))
+    counts = {"pairs": len(rows), "scored": len(rows), "unscorable": {}}
+    folder.finish({"dtype": "bfloat16"}, [record], counts=counts, seconds=4.5, details=details)
+
+
+def _select(store, config):
+    corpus, scores = StageFolder(store, "corpus"), StageFolder(store, "scores")
+    spec = selecting.spec_of(config.select)
+    keys = keys_of(selecting._train_scores(scores, "shard-00000"), spec)
+    decision = decide(lambda: [keys], spec)
+    facts = selecting.facts(scores, decision)(["shard-00000"])
+    shown = selecting.describe(corpus, scores, decision, facts)
+    folder = StageFolder(store, "selection")
+    text = json.dumps({"decision": decision.to_json(), **shown}).encode()
+    folder.publish_bytes("selection.json", text)
+    folder.finish({"select": spec.strategy}, [], counts={}, seconds=0.1, details=shown)
+    return decision
+
+
+def _log(store, steps):
+    rng = np.random.default_rng(1)
+    rows = [
+        {
+            "step": step,
+            "max_steps": 60,
+            "loss": 0.6931 * float(np.exp(-step / 50)) + float(rng.normal(0, 0.01)),
+            "rewards/margins": step / 40,
+            "rewards/accuracies": min(1.0, 0.5 + step / 100),
+            "grad_norm": 3.5 + float(rng.normal(0, 0.3)),
+            "learning_rate": 5e-6 * (1 - step / 60),
+        }
+        for step in range(1, steps + 1)
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    store.write_bytes("training/log.jsonl", text.encode())
+
+
+def _train(store):
+    _log(store, 60)
+    metrics = {
+        "steps": 60,
+        "train_loss": 0.4321,
+        "train_path": "packed",
+        "start_check_loss": 0.6931,
+    }
+    for stage in ("training", "policy"):
+        StageFolder(store, stage).finish({"b": 0.1}, [], counts={}, seconds=61.5, details=metrics)
+
+
+def _evaluate(store, rows, decision, config):
+    held = [row for row in rows if row["split"] == schema.HOLDOUT]
+    facts = evaluate_pairs(_table(held, schema.EVALUATION), config.train.beta)
+    keys = keys_of(
+        selecting._train_scores(StageFolder(store, "scores"), "shard-00000"), decision.spec
+    )
+    train = [row for row in rows if row["split"] == schema.TRAIN]
+    flipped = np.array([json.loads(row["passthrough"])["flipped"] for row in train])
+    facts["purity"] = label_purity(flipped, decision.mask(keys), keys.values)
+    folder = StageFolder(store, "evaluation")
+    folder.finish({"beta": 0.1}, [], counts={"pairs": len(held)}, seconds=9.0, details=facts)
+
+
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Balanced tags, number cells, attributes and texts of a page."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.cells = [], [], [], []
+        self.data_value, self.cell = None, None
+        self.feed(html)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "td" and ("class", "n") in attrs:
+            self.cell = {"numbers": [], "rest": ""}
+            self.cells.append(self.cell)
+        if tag == "data":
+            self.data_value = dict(attrs)["value"]
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+        if tag == "td":
+            self.cell = None
+
+    def handle_data(self, text):
+        if self.cell is None:
+            return
+        if self.open[-1] == "data":
+            self.cell["numbers"].append((float(self.data_value), text))
+        else:
+            self.cell["rest"] += text
+
+
+def numbers_in(value):
+    if isinstance(value, dict):
+        return {n for item in value.values() for n in numbers_in(item)}
+    if isinstance(value, list):
+        return {n for item in value for n in numbers_in(item)}
+    return {float(value)} if isinstance(value, (int, float)) and value is not True else set()
+
+
+def shown_number(text):
+    """The number that a text shows, and half a unit of its last digit."""
+    text = text.replace("−", "-")
+    match = re.fullmatch(r"([+-]?[\d,]+(?:\.(\d+))?)( %| [PTGMk])?", text)
+    assert match, text
+    scale = {" %": 0.01, " P": 1e15, " T": 1e12, " G": 1e9, " M": 1e6, " k": 1e3}.get(match[3], 1.0)
+    step = 10.0 ** -len(match[2] or "")
+    # Three significant digits where there is a prefix.
+    whole = match[1].lstrip("+-").replace(",", "")
+    if match[3] not in (None, " %") and match[2] is None:
+        step = 10.0 ** max(0, len(whole) - 3)
+    return float(match[1].replace(",", "")) * scale, 0.5001 * step * scale
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("run")).data()
+
+
+def test_each_number_of_the_tables_is_that_of_report_json(finished):
+    page, known = Page(render_html(finished)), numbers_in(report_json(finished))
+    numbers = [number for cell in page.cells for number in cell["numbers"]]
+    assert len(numbers) > 100
+    for value, text in numbers:
+        assert value in known
+        shown, half = shown_number(text)
+        assert abs(shown - value) <= half, (value, text)
+    for cell in page.cells:  # no number that bypasses it
+        assert not re.search(r"\d", cell["rest"]), cell
+
+
+def test_the_funnel_counts_what_the_stages_counted(finished):
+    funnel = report_json(finished)["funnel"]
+    # 400 pairs, 7 refused, 9 duplicates; 80 held out; half of 320 kept.
+    assert [(step["name"], step["count"]) for step in funnel["steps"]] == [
+        ("read", 416),
+        ("valid", 409),
+        ("corpus", 400),
+        ("scored", 400),
+        ("selectable", 320),
+        ("kept", 160),
+    ]
+    assert (funnel["counts"]["duplicates"], funnel["counts"]["holdout"]) == (9, 80)
+    assert funnel["quarantined"] == {"bad_json": 5, "tie": 2}
+    assert {reason: len(rows) for reason, rows in funnel["examples"].items()} == {
+        "bad_json": 3,
+        "tie": 2,
+    }
+
+
+def test_the_verdict_says_purity_and_holdout_first(finished):
+    values = report_json(finished)
+    purity, overall = values["evaluation"]["purity"], values["evaluation"]["overall"]
+    kept, corpus, random = (
+        f"{100 * purity[n]['value']:.0f} %" for n in ("kept", "corpus", "random")
+    )
+    after = overall["reward_accuracy"]["after"]
+    assert values["verdict"][:2] == [
+        f"Of the kept half, {kept} have the right label; of the corpus, {corpus};"
+        f" of a random half, {random}.",
+        f"Holdout reward accuracy 0.50 → {after['value']:.2f}"
+        f" [{after['low']:.2f}, {after['high']:.2f}] on 80 pairs.",
+    ]
+    assert not any("Not finished" in sentence for sentence in values["verdict"])
+
+
+def test_mfu_is_told_only_where_the_peak_is_known(finished, tmp_path):
+    scoring = report_json(finished)["scoring"]
+    # 4 shards of 2.5e12 in 1.5 + 2 + 1.5 + 2 = 7 seconds, of 989e12
+    assert scoring["mfu"] == pytest.approx(10e12 / 7 / 989e12)
+    assert "MFU" in render_html(finished)
+    made = make_run(tmp_path, "score")
+    path = "scores/MANIFEST.json"
+    manifest = made.store.read_json(path)
+    for device in ("NVIDIA H100 PCIe", "cpu, 2 cores"):
+        manifest["details"]["engine"]["device"] = device
+        made.store.write_json(path, manifest)
+        assert report_json(made.data())["scoring"]["mfu"] is None
+        assert "MFU" not in render_html(made.data())
+
+
+def test_hostile_text_stays_text(tmp_path):
+    html = render_html(make_run(tmp_path, text=HOSTILE).data())
+    page = Page(html)  # also: its </details> and </pre> closed nothing
+    assert not {"script", "img", "iframe", "object", "link", "form"} & set(page.tags)
+    for tag, name, value in page.attributes:
+        assert not name.startswith("on"), (tag, name)
+        if name in ("href", "src", "srcset", "xlink:href", "action", "style"):
+            assert tag == "a" and re.fullmatch(r"#[a-z]+", value), (tag, name, value)
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+    assert "{{ 7*7 }}" in html
+    assert not re.search("[\x00-\x08\x0b-\x1f\u202e]", html)
+    assert r"\u202ebidi \x00\x1b[31m" in html
+    assert "url(" not in html and "@import" not in html
+
+
+def test_half_a_surrogate_pair_of_a_chat_message_can_be_written():
+    whole = chat(("user", "half \ud83d pair"))
+    assert turns(whole) == [("user", "half ? pair")]
+    cut = whole[: whole.index("d pair") + 3] + "…"
+    assert turns(cut) == [("user", "half ? p…")]
+
+
+def test_every_stage_of_an_unfinished_run_renders(tmp_path):
+    everything = ["prepare", "score", "select", "train", "evaluate"]
+    for done, upto in enumerate(STAGES, start=1):
+        data = make_run(tmp_path / upto, upto).data()
+        html = render_html(data)
+        Page(html)
+        json.dumps(report_json(data), allow_nan=False)
+        for command in everything[done:]:
+            assert f"run <code>refscale {command}</code>" in html
+        if everything[done:]:
+            assert f"Not finished: {', '.join(everything[done:])}." in html
+
+
+def test_a_folder_without_any_stage_renders(tmp_path):
+    data = collect(Store(tmp_path), Config.model_validate(CONFIG))
+    html = render_html(data)
+    Page(html)
+    assert "run <code>refscale prepare</code>" in html
+
+
+def test_a_training_that_goes_on_shows_its_curves_so_far(tmp_path):
+    made = make_run(tmp_path, "select")
+    _log(made.store, 20)
+    training = report_json(made.data())["training"]
+    assert not training["finished"] and training["last_step"] == 20
+    assert training["curves"]["loss"]["steps"] == list(range(1, 21))
+    assert "in 20 of 60 steps so far" in render_html(made.data())
+
+
+def test_a_long_log_is_shown_by_means_of_consecutive_rows(tmp_path):
+    made = make_run(tmp_path, "prepare")
+    rows = [{"step": i + 1, "loss": float(i)} for i in range(1000)]
+    made.store.write_bytes("training/log.jsonl", "\n".join(map(json.dumps, rows)).encode())
+    curve = report_json(made.data())["training"]["curves"]["loss"]
+    # 1000 rows at most 400 points: means of three, and the last row alone.
+    assert curve["rows_a_point"] == 3 and len(curve["values"]) == 334
+    assert curve["values"][:2] == [1.0, 4.0] and curve["values"][-1] == 999.0
+    assert curve["steps"][:2] == [3, 6] and curve["steps"][-1] == 1000
+
+
+def test_an_empty_quarantine_is_said(tmp_path):
+    html = render_html(make_run(tmp_path, refused=False).data())
+    assert "No row was refused." in html
+
+
+def test_a_corpus_that_was_refused_shows_its_quarantine(tmp_path):
+    made = make_run(tmp_path, "prepare")
+    made.store.delete("corpus")
+    assert [s["name"] for s in report_json(made.data())["funnel"]["steps"]] == []
+    assert "the line is not JSON" in render_html(made.data())
+
+
+def test_a_key_that_follows_length_is_warned_of(tmp_path):
+    # Summed log-probs of about -2.5 a token: the margin is mostly the length difference.
+    data = make_run(tmp_path, "select", select={"strategy": "margin"}).data()
+    selection = report_json(data)["selection"]
+    assert abs(selection["all"]["key_length_correlation"]) > 0.5
+    assert "The key follows length" in render_html(data)
+
+
+def test_both_ends_of_a_band_are_drawn(tmp_path):
+    select = {"keep": "band", "band": [0.25, 0.75]}
+    data = make_run(tmp_path, "select", select=select).data()
+    (ends,) = data.cuts.values()
+    assert len(ends) == 2 and ends[0] != ends[1]
+    assert render_html(data).count(">cut ") == 2
+
+
+def test_the_cuts_of_sources_are_told_in_the_table(tmp_path):
+    data = make_run(tmp_path, "select", select={"per_source": True}).data()
+    assert set(data.cuts) == set(report_json(data)["selection"]["sources"])
+    shown = {value for cell in Page(render_html(data)).cells for value, _ in cell["numbers"]}
+    assert {end for ends in data.cuts.values() for end in ends} <= shown
+
+
+def test_credentials_of_the_config_are_not_shown(finished):
+    for text in (render_html(finished), json.dumps(report_json(finished))):
+        assert "hunter2" not in text and "hf_very_secret" not in text
+        assert "s3://bucket/pairs.jsonl" in text
+
+
+def test_the_page_stays_below_a_megabyte(tmp_path):
+    data = make_run(tmp_path, num_pairs=4000, text=HOSTILE * 30).data()
+    assert len(data.manifests["selection"]["details"]["scatter"]["keys"]) == 1500
+    assert len(render_html(data).encode()) < 1_000_000
+
+
+def test_the_same_run_gives_the_same_report(finished):
+    again = collect(Store(finished.uri), finished.config)
+    assert render_html(again) == render_html(finished)
+    assert report_json(again) == report_json(finished)
+
+
+def test_chats_are_shown_by_role_also_when_they_are_cut_short():
+    whole = chat(("user", 'Say "hi"\n'), ("assistant", "hi [{"))
+    assert turns(whole) == [("user", 'Say "hi"\n'), ("assistant", "hi [{")]
+    cut = whole[: whole.index("hi [") + 2] + "…"
+    assert turns(cut) == [("user", 'Say "hi"\n'), ("assistant", "hi…")]
+    assert turns(whole[: whole.index("\\n") + 1] + "…") == [("user", 'Say "hi"…')]
+    for text in ("plain", "[{not json", '[{"a": 1}]', "[1, 2]", ""):
+        assert turns(text) == [(None, text)]
+
+
+def test_plots_escape_names_and_survive_single_values():
+    assert "<script>" not in plots.bars([("<script>", 1, None, "</svg>")], 1)
+    assert "NaN" not in plots.curve("loss", [1], [0.5])
+    flat = plots.histogram({"low": 0.0, "high": 1.0, "all": [0, 0], "kept": [0, 0]}, {}, "key")
+    assert "<rect" not in flat
+
+
+def test_the_report_needs_neither_torch_nor_ray():
+    code = (
+        "import sys, refscale.report; print([m for m in ('torch', 'ray', 'transformers') if m in"
+        " sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
