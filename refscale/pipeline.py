@@ -13,6 +13,7 @@ ray_train.py, and nowhere else.
 """
 
 import json
+import pickle
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -21,12 +22,19 @@ from typing import Any
 
 from refscale import evaluation, fragments, preparation, schema, scoring, selecting, summary
 from refscale.config import Config, dump_config
-from refscale.errors import EvaluationError, ScoringError
+from refscale.errors import EvaluationError, ScoringError, StorageError
+from refscale.fingerprints import digest, model_fingerprint
 from refscale.progress import StageProgress, print_counts, print_table, say
+from refscale.radix import RadixSelect, Tally
 from refscale.ray_runtime import ClusterInfo, Step, connect, disconnect, run_graph
 from refscale.ray_train import read_log, train_on_ray
-from refscale.storage import FileRecord, StageFolder, Store, digest, model_fingerprint
+from refscale.selection import Decision
+from refscale.stages import FileRecord, StageFolder
+from refscale.storage import Store
+from refscale.strategies import Moments
 
+CONFIG_FILE = "config.yaml"
+_CONFIG_HEADER = b"# The resolved config of this run, written by refscale.\n"
 STAGES = ("prepare", "score", "select", "train", "evaluate", "report")
 
 
@@ -37,10 +45,14 @@ class Run:
     store: Store
     config: Config
     restart: frozenset[str] = frozenset()
+    # Another run whose corpus/ and scores/ this one works on: an arm of a comparison.
+    shared: Store | None = None
     _cluster: ClusterInfo | None = field(default=None, repr=False)
 
     def folder(self, stage: str) -> StageFolder:
         """A stage's folder."""
+        if self.shared is not None and stage in ("corpus", "quarantine", "scores"):
+            return StageFolder(self.shared, stage)
         return StageFolder(self.store, stage)
 
     @property
@@ -72,13 +84,38 @@ class Run:
 
 
 def run_stages(run: Run, stages: Sequence[str] = STAGES) -> None:
-    """Run the named stages in order. The run's lock must be held."""
-    run.store.write_bytes("config.yaml", dump_config(run.config).encode())
+    """Run the named stages in order. The run's lock must be held.
+
+    Raises:
+        StorageError: The folder's config.yaml is not a run's.
+    """
+    claim(run)
     try:
         for name in stages:
             _STAGE_FUNCTIONS[name](run)
+            _write_config(run)
     finally:
         disconnect()
+
+
+def claim(run: Run) -> None:
+    """Make the folder a run folder, or see that it is one.
+
+    The config of an existing run is replaced only when a stage has accepted the new one.
+
+    Raises:
+        StorageError: Its config.yaml is somebody else's.
+    """
+    if not run.store.exists(CONFIG_FILE):
+        _write_config(run)
+    elif not run.store.read_bytes(CONFIG_FILE).startswith(_CONFIG_HEADER):
+        raise StorageError(
+            f"{run.store.uri} holds a {CONFIG_FILE} that is not a run's; choose another --run-dir"
+        )
+
+
+def _write_config(run: Run) -> None:
+    run.store.write_bytes(CONFIG_FILE, _CONFIG_HEADER + dump_config(run.config).encode())
 
 
 # -- prepare -------------------------------------------------------------------------------------
@@ -108,7 +145,7 @@ def prepare(run: Run) -> dict[str, Any]:
     _ = run.cluster
     step_cpus = config.ray.cpus_per_task
 
-    parts = StageFolder(run.store, "corpus/fragments")
+    parts = folder.part("fragments")
     finished = parts.finished_shards()
     records = list(finished.values())
     todo = [
@@ -291,10 +328,11 @@ def select(run: Run) -> dict[str, Any]:
     if folder.begin(fingerprint, restart="select" in run.restart):
         return _skipped(folder)
     names = [_stem(file["name"]) for file in parent["files"]]
-    decision, facts = selecting.decide(scores, names, config.select)
-    _ = run.cluster
+    decision = _decide(run, names)
+    found = _pass(run, names, selecting.facts(scores, decision), selecting.Facts())
+    facts = selecting.describe(corpus, scores, decision, found)
     keep = Step(
-        selecting.keep_pairs(corpus, scores, folder, decision, config.select),
+        selecting.keep_pairs(corpus, scores, folder, decision),
         num_cpus=config.ray.cpus_per_task,
     )
     finished = folder.finished_shards()
@@ -306,7 +344,8 @@ def select(run: Run) -> dict[str, Any]:
             records.append(record)
             progress.advance(1)
     selecting.check(records, decision)
-    record = folder.publish_bytes("selection.json", selecting.to_json(decision, facts))
+    shown = json.dumps({"decision": decision.to_json(), **facts}, indent=2).encode()
+    record = folder.publish_bytes("selection.json", shown)
     manifest = folder.finish(
         fingerprint,
         [*records, record],
@@ -316,6 +355,36 @@ def select(run: Run) -> dict[str, Any]:
     )
     print_table("selection", summary.selection_lines(facts))
     return manifest
+
+
+def _decide(run: Run, shards: Sequence[str]) -> Decision:
+    """The exact decision: as many passes over the score shards as it takes."""
+    scores, spec = run.folder("scores"), selecting.spec_of(run.config.select)
+    fit = (0.0, 0.0)
+    if spec.strategy == "length_adjusted_margin":
+        fit = _pass(run, shards, selecting.moments(scores), Moments()).fit()
+    search = RadixSelect(spec, fit)
+    while not search.done:
+        search.advance(_pass(run, shards, selecting.tally(scores, search, spec, fit), Tally()))
+    return search.decision()
+
+
+def _pass(run: Run, shards: Sequence[str], look: Callable[[Sequence[str]], Any], zero: Any) -> Any:
+    """The sum of `look` over the shards: here if they are few, else as tasks on the cluster."""
+    groups = selecting.chunks(shards)
+    if len(groups) == 1:
+        return look(groups[0])
+
+    def task(item: dict[str, Any]) -> dict[str, Any]:
+        # Between our own processes only, as Ray's own messages are; never written to a file.
+        return {"part": pickle.dumps(look(json.loads(item["shards"])))}
+
+    _ = run.cluster
+    total = zero
+    step = Step(task, num_cpus=run.config.ray.cpus_per_task)
+    for result in run_graph([{"shards": json.dumps(group)} for group in groups], [step]):
+        total += pickle.loads(result["part"])
+    return total
 
 
 # -- train ---------------------------------------------------------------------------------------
@@ -439,7 +508,7 @@ def evaluate(run: Run) -> dict[str, Any]:
         scores.require(),
         run.folder("policy").require(),
     )
-    selected = run.folder("selection").require()
+    run.folder("selection").require()
     fingerprint = {
         "policy": policy["identity"],
         "scores": scored["identity"],
@@ -455,7 +524,7 @@ def evaluate(run: Run) -> dict[str, Any]:
     }
     if not held:
         say("evaluate  no holdout: set corpus.holdout_fraction or mark a source holdout: true")
-    settings = _scorer_settings(run).for_policy(f"{run.store.uri}/policy")
+    settings = _scorer_settings(run).for_policy(run.store.uri_of("policy"))
     last = summary.last_holdout_id(scores, held, config.evaluate.max_pairs)
     records = _score_shards(
         run,
@@ -473,8 +542,12 @@ def evaluate(run: Run) -> dict[str, Any]:
             raise EvaluationError("none of the holdout pairs could be scored by the policy")
         facts.update(evaluation.evaluate_pairs(table, config.train.beta, seed=config.train.seed))
     if config.evaluate.flipped_column:
+        decision = Decision.from_json(
+            run.store.read_json(run.folder("selection").file("selection.json"))["decision"]
+        )
+        shards = [_stem(file["name"]) for file in scored["files"]]
         facts["purity"] = selecting.purity(
-            corpus, scores, selected, config.select, config.evaluate.flipped_column
+            corpus, scores, shards, decision, config.evaluate.flipped_column
         )
     manifest = folder.finish(
         fingerprint,
@@ -492,9 +565,9 @@ def evaluate(run: Run) -> dict[str, Any]:
 
 def report(run: Run) -> dict[str, Any]:
     """Write report.html and report.json from what is there; also for an unfinished run."""
-    from refscale.report import render_html, report_json
+    from refscale.report import collect, render_html, report_json
 
-    data = summary.collect(run.store, run.config)
+    data = collect(run.store, run.config)
     values = report_json(data)
     run.store.write_json("report.json", values)
     run.store.write_bytes("report.html", render_html(data).encode())

@@ -1,0 +1,214 @@
+"""The figures of a stage out of its shards' records, and the terse table that the terminal shows.
+
+In: FileRecords, metrics, facts. Out: JSON values for the manifests, and (name, value) lines.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from refscale import schema
+from refscale.stages import FileRecord, StageFolder
+
+Lines = list[tuple[str, str]]
+
+# Above every 16-byte id.
+_LAST_ID = b"\xff" * 16
+
+
+# -- scores ----------------------------------------------------------------------------------------
+
+
+def scoring_details(records: Sequence[FileRecord], wall_s: float) -> dict[str, Any]:
+    """Throughput in all and by replica, and the engine's settings.
+
+    Args:
+        records: Of the score shards; `counts` as `scoring.ShardScorer` fills them.
+        wall_s: Seconds that this run of the stage took; shards of an earlier run are in the sums
+            but not in it, so rates are taken over the replicas' own seconds.
+
+    Returns:
+        JSON values. `useful_tokens` counts a prompt once for all its completions; `flops` are of
+        multiply and add apart; `wait_share` is the share of a replica's time without work.
+    """
+    replicas: dict[str, dict[str, float]] = {}
+    totals = dict.fromkeys(("useful_tokens", "computed_tokens", "head_rows", "flops"), 0.0)
+    oom_retries, peak = 0, 0
+    for record in records:
+        counts, stats = record.counts, record.counts["stats"]
+        for name in totals:
+            totals[name] += stats[name]
+        oom_retries += stats["oom_retries"]
+        peak = max(peak, stats["peak_memory_bytes"])
+        replica = replicas.setdefault(
+            counts["replica"],
+            dict.fromkeys(("shards", "pairs", "seconds", "wait_s", "useful_tokens", "flops"), 0.0),
+        )
+        replica["shards"] += 1
+        replica["pairs"] += counts["pairs"]
+        replica["seconds"] += counts["seconds"]
+        # Before its first shard a replica waits for all of Ray to start.
+        replica["wait_s"] += counts["wait_s"] if replica["shards"] > 1 else 0.0
+        replica["useful_tokens"] += stats["useful_tokens"]
+        replica["flops"] += stats["flops"]
+    pairs = sum(replica["pairs"] for replica in replicas.values())
+    seconds = sum(replica["seconds"] for replica in replicas.values())
+    busy = max(seconds, 1e-9)
+    waited = sum(replica["wait_s"] for replica in replicas.values())
+    for replica in replicas.values():
+        own = max(replica["seconds"], 1e-9)
+        replica["tokens_per_s"] = replica["useful_tokens"] / own
+        replica["flops_per_s"] = replica["flops"] / own
+    return {
+        "wall_s": wall_s,
+        "replica_s": seconds,
+        "pairs_per_s": pairs / busy,
+        "useful_tokens": int(totals["useful_tokens"]),
+        "useful_tokens_per_s": totals["useful_tokens"] / busy,
+        "computed_tokens": int(totals["computed_tokens"]),
+        # Shared completion tokens are computed once, so this may be below 0.
+        "padding_share": 1 - totals["useful_tokens"] / max(totals["computed_tokens"], 1),
+        "flops": totals["flops"],
+        "model_flops_per_s": totals["flops"] / busy,
+        "wait_share": waited / max(waited + seconds, 1e-9),
+        "oom_retries": oom_retries,
+        "peak_memory_bytes": peak,
+        "replicas": replicas,
+        "engine": records[-1].counts["engine"] if records else {},
+    }
+
+
+def scoring_lines(counts: Mapping[str, Any], details: Mapping[str, Any]) -> Lines:
+    """The scoring stage's table."""
+    engine = details["engine"]
+    lines = [
+        ("scored", f"{counts['scored']:,} of {counts['pairs']:,} pairs"),
+        (
+            "speed",
+            f"{details['pairs_per_s']:,.1f} pairs/s, {details['useful_tokens_per_s']:,.0f} useful"
+            f" tokens/s a replica, {len(details['replicas'])} replica(s)",
+        ),
+        (
+            "engine",
+            f"{engine.get('path')} ({engine.get('path_reason')}), {engine.get('dtype')}"
+            f" ({engine.get('dtype_reason')}), {engine.get('device')}",
+        ),
+    ]
+    for reason, count in counts["unscorable"].items():
+        lines.append((reason, f"{count:,} pairs not scored"))
+    return lines
+
+
+# -- selection -------------------------------------------------------------------------------------
+
+
+def selection_lines(facts: Mapping[str, Any]) -> Lines:
+    """The selection stage's table."""
+    everything, kept = facts["all"], facts["kept"]
+    size = ", ".join(f"{name} {value}" for name, value in facts["size"].items())
+    lines = [
+        ("kept", f"{facts['num_kept']:,} of {facts['num_pairs']:,} training pairs"),
+        ("by", f"{facts['strategy']}, {facts['keep']}, {size}"),
+        ("mean key", f"{everything['mean_key']:.4f} of all, {kept['mean_key']:.4f} of the kept"),
+        (
+            "length",
+            f"chosen is {everything['mean_length_difference']:+.1f} tokens longer on average,"
+            f" {kept['mean_length_difference']:+.1f} among the kept",
+        ),
+    ]
+    correlation = everything["key_length_correlation"]
+    if correlation is not None:
+        lines.append(("correlation", f"of key and length difference: {correlation:+.2f}"))
+    if len(facts["sources"]) > 1:
+        for name, source in facts["sources"].items():
+            lines.append((name, f"{source['kept']:,} of {source['pairs']:,} kept"))
+    return lines
+
+
+# -- training --------------------------------------------------------------------------------------
+
+
+def training_line(row: Mapping[str, Any]) -> str:
+    """One log row as a line."""
+    parts = [f"step {row.get('step', 0)} of {row.get('max_steps', '?')}"]
+    for name, shown in (
+        ("loss", "loss {:.4f}"),
+        ("rewards/accuracies", "accuracy {:.2f}"),
+        ("rewards/margins", "margin {:.3f}"),
+        ("pairs_per_s", "{:.2f} pairs/s"),
+    ):
+        if isinstance(row.get(name), (int, float)):
+            parts.append(shown.format(row[name]))
+    return ", ".join(parts)
+
+
+def training_lines(metrics: Mapping[str, Any], seconds: float) -> Lines:
+    """The training stage's table."""
+    lines = [("steps", f"{metrics.get('steps', 0):,} in {seconds:,.0f} s")]
+    for name, label in (
+        ("start_check_loss", "loss at step 0"),
+        ("train_loss", "mean loss"),
+        ("rewards/accuracies", "last accuracy"),
+        ("rewards/margins", "last margin"),
+    ):
+        if isinstance(metrics.get(name), (int, float)):
+            lines.append((label, f"{metrics[name]:.4f}"))
+    if "train_path" in metrics:
+        lines.append(("path", str(metrics["train_path"])))
+    return lines
+
+
+# -- evaluation ------------------------------------------------------------------------------------
+
+
+def last_holdout_id(scores: StageFolder, shards: Iterable[str], max_pairs: int | None) -> bytes:
+    """The largest pair_id to evaluate, so that at most `max_pairs` scored holdout pairs are.
+
+    Ids are hashes: the smallest ones are a sample that no order or shard size changes.
+    """
+    if max_pairs is None:
+        return _LAST_ID
+    ids: list[bytes] = []
+    for shard in shards:
+        table = scores.read_table(f"{shard}.parquet", columns=["pair_id", "split"])
+        ids += table.filter(pc.equal(table["split"], schema.HOLDOUT))["pair_id"].to_pylist()
+        ids = sorted(ids)[:max_pairs]
+    return ids[-1] if ids else _LAST_ID
+
+
+def read_all(folder: StageFolder, records: Iterable[FileRecord], wanted: pa.Schema) -> pa.Table:
+    """The tables of all records as one."""
+    tables = [folder.read_table(record.name) for record in records if record.rows]
+    return pa.concat_tables(tables) if tables else wanted.empty_table()
+
+
+def evaluation_lines(facts: Mapping[str, Any]) -> Lines:
+    """The evaluation stage's table."""
+    lines: Lines = []
+    if "overall" in facts:
+        metrics = facts["overall"]
+        lines.append(("holdout", f"{metrics['n']:,} pairs"))
+        for name, label in (
+            ("reward_accuracy", "reward accuracy"),
+            ("reward_margin", "reward margin"),
+            ("ranking_accuracy", "ranking accuracy"),
+        ):
+            before, after = metrics[name]["before"], metrics[name]["after"]
+            lines.append((label, f"{_estimate(before)} before, {_estimate(after)} after"))
+    if "purity" in facts:
+        purity = facts["purity"]
+        for name, label in (
+            ("corpus", "right labels, corpus"),
+            ("random", "right labels, random"),
+            ("kept", "right labels, kept"),
+        ):
+            lines.append((label, _estimate(purity[name])))
+    return lines
+
+
+def _estimate(estimate: Mapping[str, float]) -> str:
+    if estimate["low"] == estimate["high"]:
+        return f"{estimate['value']:.3f}"
+    return f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"

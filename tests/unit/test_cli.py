@@ -1,0 +1,90 @@
+"""The command line's answers that need neither Ray nor torch."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from support import string_pairs, write_jsonl
+
+from refscale.cli import main
+
+
+@pytest.fixture
+def config(tmp_path, tiny_model):
+    write_jsonl(tmp_path / "pairs.jsonl", string_pairs(10))
+    path = tmp_path / "config.yaml"
+    values = {
+        "model": {"model_name_or_path": str(tiny_model)},
+        "corpus": {"sources": [{"path": "pairs.jsonl"}]},
+    }
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_config_show_writes_every_default_and_resolves_paths(config, capsys):
+    assert main(["config", "show", str(config), "--set", "select.fraction=0.3"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["select"]["fraction"] == 0.3
+    assert shown["train"]["beta"] == 0.1
+    assert shown["corpus"]["sources"][0]["path"] == str(config.parent / "pairs.jsonl")
+
+
+def test_config_schema_is_a_json_schema_with_descriptions(capsys):
+    assert main(["config", "schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert {"model", "corpus", "select", "train"} <= schema["properties"].keys()
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("select.fractoin=0.3", "did you mean fraction?"),
+        ("selct.fraction=0.3", "did you mean select?"),
+        ("select.fraction=10", "select.fraction"),
+        ("select.fraction", "section.key=value"),
+    ],
+)
+def test_a_wrong_override_is_one_line_and_exit_code_2(config, capsys, override, said):
+    assert main(["run", str(config), "--run-dir", "unused", "--set", override]) == 2
+    err = capsys.readouterr().err
+    assert said in err and len(err.strip().splitlines()) == 1 and "Traceback" not in err
+
+
+def test_a_missing_config_is_exit_code_2(tmp_path, capsys):
+    assert main(["validate", str(tmp_path / "none.yaml")]) == 2
+    assert "cannot read the config" in capsys.readouterr().err
+
+
+def test_status_of_a_folder_that_is_no_run_is_exit_code_2(tmp_path, capsys):
+    assert main(["status", str(tmp_path)]) == 2
+    assert "not a run folder" in capsys.readouterr().err
+
+
+def test_validate_prints_every_refusal_with_file_and_row(config, capsys):
+    with (config.parent / "pairs.jsonl").open("ab") as file:
+        file.write(b'{"prompt": "p", "chosen": "a", "rejected": "a"}\nnot json\n')
+    assert main(["validate", str(config), "--set", "corpus.max_bad_fraction=1"]) == 0
+    out = capsys.readouterr().out
+    assert "pairs.jsonl:10: identical_pair" in out
+    assert "pairs.jsonl:11: bad_json" in out
+
+
+def test_validate_ends_with_exit_code_3_when_too_much_is_refused(config, capsys):
+    with (config.parent / "pairs.jsonl").open("ab") as file:
+        file.write(b"not json\n")
+    assert main(["validate", str(config)]) == 3
+    assert "bad_json" in capsys.readouterr().err
+
+
+def test_validate_starts_no_ray(config):
+    code = (
+        "import sys; from refscale.cli import main;"
+        f" code = main(['validate', {str(config)!r}]);"
+        " print(code, 'ray' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert result.stdout.strip().splitlines()[-1] == "0 False"
