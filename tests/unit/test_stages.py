@@ -1,0 +1,188 @@
+"""Stage folders: fingerprints, shards, manifests, the claim."""
+
+import os
+import pickle
+
+import pyarrow as pa
+import pytest
+
+from refscale.errors import FingerprintError, StorageError
+from refscale.stages import StageFolder
+from refscale.storage import Store
+
+TABLE = pa.table({"x": [1, 2, 3]})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return StageFolder(Store(tmp_path / "run"), "scores")
+
+
+def finished(folder, fingerprint=None):
+    fingerprint = fingerprint or {"model": "a"}
+    folder.begin(fingerprint)
+    records = [folder.commit_shard(f"shard-{i}", TABLE) for i in range(3)]
+    return folder.finish(fingerprint, records, counts={}, seconds=1.0)
+
+
+def test_finished_stage_with_the_same_fingerprint_is_done(folder):
+    manifest = finished(folder)
+    assert folder.begin({"model": "a"})
+    assert manifest["rows"] == 9
+
+
+def test_other_fingerprint_is_refused_and_names_the_field(folder):
+    finished(folder, {"model": {"sha": "a"}, "dtype": "bf16"})
+    with pytest.raises(FingerprintError, match=r"model\.sha = a, now it is b"):
+        folder.begin({"model": {"sha": "b"}, "dtype": "bf16"})
+
+
+def test_other_fingerprint_is_refused_while_unfinished_too(folder):
+    folder.begin({"model": "a"})
+    with pytest.raises(FingerprintError):
+        folder.begin({"model": "b"})
+
+
+def test_restart_begins_anew(folder):
+    finished(folder)
+    assert not folder.begin({"model": "b"}, restart=True)
+    assert folder.finished_shards() == {}
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+def test_damaged_shard_is_found_and_alone_redone(folder, damage):
+    finished(folder)
+    path = folder.store.path("scores/shard-1.parquet")
+    data = bytearray(open(path, "rb").read())
+    data[20] ^= 1
+    if damage == "delete":
+        os.unlink(path)
+    else:
+        open(path, "wb").write(data if damage == "flip" else data[:-1])
+    assert not folder.begin({"model": "a"})
+    assert sorted(folder.finished_shards()) == ["shard-0", "shard-2"]
+
+
+def test_data_without_its_record_is_not_a_finished_shard(folder):
+    folder.begin({})
+    folder.publish_table("shard-0.parquet", TABLE)
+    assert folder.finished_shards() == {}
+
+
+def test_folder_of_somebody_else_is_refused_and_left_alone(folder):
+    folder.store.write_bytes("scores/thesis.txt", b"precious")
+    with pytest.raises(StorageError, match=r"thesis\.txt"):
+        folder.begin({})
+    assert folder.store.read_bytes("scores/thesis.txt") == b"precious"
+
+
+def test_tampered_manifest_cannot_name_files_outside(folder):
+    finished(folder)
+    manifest = folder.manifest()
+    manifest["files"][0]["name"] = "../../etc/passwd"
+    folder.store.write_json("scores/MANIFEST.json", manifest)
+    with pytest.raises(StorageError, match="outside"):
+        folder.begin({"model": "a"})
+
+
+def test_identity_depends_on_contents_and_fingerprint_not_on_time(tmp_path):
+    def identity(name, fingerprint, table=TABLE):
+        folder = StageFolder(Store(tmp_path / name), "scores")
+        folder.begin(fingerprint)
+        record = folder.commit_shard("s", table)
+        return folder.finish(fingerprint, [record], counts={}, seconds=hash(name))["identity"]
+
+    assert identity("a", {"m": 1}) == identity("b", {"m": 1})
+    assert identity("c", {"m": 2}) != identity("a2", {"m": 1})
+    assert identity("d", {"m": 1}, TABLE.slice(1)) != identity("e", {"m": 1})
+
+
+def test_store_and_folder_travel_to_workers(folder):
+    finished(folder)
+    assert pickle.loads(pickle.dumps(folder)).require()["rows"] == 9
+
+
+def test_unfinished_stage_is_required_in_vain(folder):
+    with pytest.raises(StorageError, match="refscale score"):
+        folder.require()
+
+
+def test_restart_leaves_a_folder_of_somebody_else_alone(folder):
+    folder.store.write_bytes("scores/thesis.txt", b"precious")
+    with pytest.raises(StorageError, match=r"thesis\.txt"):
+        folder.begin({}, restart=True)
+    assert folder.store.read_bytes("scores/thesis.txt") == b"precious"
+
+
+def test_restart_that_was_broken_off_can_be_repeated(folder, monkeypatch):
+    finished(folder)
+
+    def dies(_store, names):
+        os.unlink(folder.store.path(names[0]))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "delete_files", dies)
+        with pytest.raises(KeyboardInterrupt):
+            folder.begin({"model": "b"}, restart=True)
+    assert not folder.begin({"model": "b"}, restart=True)
+    assert folder.finished_shards() == {}
+
+
+@pytest.mark.parametrize("damage", [b"{", b"[]", b'{"files": [], "fingerprint": {}}', "identity"])
+def test_damaged_manifest_is_withdrawn_and_the_shards_are_kept(folder, damage):
+    manifest = finished(folder)
+    if damage == "identity":
+        manifest["files"][0]["sha256"] = manifest["files"][1]["sha256"][::-1]
+        folder.store.write_json("scores/MANIFEST.json", manifest)
+    else:
+        folder.store.write_bytes("scores/MANIFEST.json", damage)
+    assert not folder.begin({"model": "a"})
+    assert len(folder.finished_shards()) == 3
+    again = folder.finish({"model": "a"}, folder.finished_shards().values(), counts={}, seconds=2.0)
+    assert again["identity"] == StageFolder(folder.store, "scores").require()["identity"]
+    assert folder.begin({"model": "a"})
+
+
+def test_worker_of_a_killed_driver_commits_nothing_once_the_next_one_has_begun(folder):
+    folder.begin({"model": "a"})
+    orphan = pickle.loads(pickle.dumps(folder))
+    part = pickle.loads(pickle.dumps(folder.part("fragments")))
+    orphan.commit_shard("shard-0", TABLE)
+    part.commit_bytes("unit-0", ".arrow", b"x", rows=1)
+    successor = StageFolder(folder.store, "scores")
+    successor.begin({"model": "b"}, restart=True)
+    for late, write in (
+        (orphan, lambda: orphan.commit_shard("shard-1", TABLE)),
+        (part, lambda: part.commit_bytes("unit-1", ".arrow", b"x", rows=1)),
+    ):
+        with pytest.raises(StorageError, match="taken over"):
+            write()
+        assert late.finished_shards() == {}
+    successor.commit_shard("shard-1", TABLE)
+    assert list(successor.finished_shards()) == ["shard-1"]
+
+
+def test_flipped_byte_in_a_table_is_found_when_it_is_read(folder):
+    folder.begin({})
+    table = pa.table({"x": list(range(5000))})
+    folder.commit_shard("shard-0", table)
+    path = folder.store.path("scores/shard-0.parquet")
+    data = bytearray(open(path, "rb").read())
+    found = 0
+    for position in range(100, 2000, 100):
+        flipped = data.copy()
+        flipped[position] ^= 0x10
+        open(path, "wb").write(flipped)
+        with pytest.raises(StorageError, match=r"shard-0\.parquet"):
+            folder.read_table("shard-0.parquet")
+        found += 1
+    assert found == 19
+
+
+def test_leftovers_of_a_killed_writer_are_swept(folder):
+    folder.begin({})
+    leftover = folder.store.path("scores/.tmp-0123")
+    open(leftover, "wb").write(b"half a shard")
+    folder.begin({})
+    assert not os.path.exists(leftover)
