@@ -1,6 +1,7 @@
 # make demo   sets up .venv and runs the whole pipeline on this machine
 # make test   sets up .venv and runs the tests
-# Both start from nothing but Python 3.11+, g++ and pip.
+# make docs   builds the documentation into site/
+# All start from nothing but Python 3.11+, g++ and pip.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 DEMO ?= demo
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint docs clean
 
 setup: $(READY)
 
@@ -31,6 +32,11 @@ lint: $(READY)
 
 test: $(READY) lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/python docs/generate_reference.py --check
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -4,8 +4,12 @@ Submitting the same command again resumes.
 """
 
 import sys
+from pathlib import Path
 
-from refscale.cli import main
+# Not this folder, whose evaluate.py would shadow the package of that name, but the checkout.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from refscale.cli import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main(["run", *sys.argv[1:]]))

@@ -5,22 +5,24 @@ An error is one line on stderr; `--debug` shows the traceback. Results go to std
 stderr.
 """
 
-import importlib.util
 import json
 import signal
 import sys
 import traceback
-from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
+import typer.exceptions
 
-from refscale import __version__
+from refscale import __version__, cli_tools
+from refscale.cli_tools import ConfigPath, Debug, Overrides, RunDir, RunPath
 from refscale.config import Config, dump_config, load_config
 from refscale.errors import ConfigError, RefscaleError
+from refscale.locks import RunLock
 from refscale.progress import print_counts, say
-from refscale.storage import RunLock, StageFolder, Store
+from refscale.secrets import refuse_secrets
+from refscale.stages import StageFolder
+from refscale.storage import Store
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,16 +33,7 @@ app = typer.Typer(
 config_app = typer.Typer(no_args_is_help=True, help="Show the config or its JSON schema.")
 app.add_typer(config_app, name="config")
 
-ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="The run's config.")]
-RunDir = Annotated[
-    str, typer.Option("--run-dir", help="The run folder: a path, or s3://, gs://, abfs://.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override; the value is YAML."),
-]
 Restart = Annotated[bool, typer.Option("--restart", help="Redo the stage from nothing.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,12 +43,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         result = app(arguments, standalone_mode=False, prog_name="refscale")
         return result if isinstance(result, int) else 0
-    except click.ClickException as exc:
-        message = exc.format_message()
+    except typer.exceptions.TyperException as exc:  # bad usage
+        message = exc.format_message() if hasattr(exc, "format_message") else str(exc)
         if message:
             say(f"refscale: {message}")
-        return exc.exit_code
-    except (click.exceptions.Abort, KeyboardInterrupt):
+        return int(getattr(exc, "exit_code", 2))
+    except (typer.Abort, KeyboardInterrupt):
         say("refscale: stopped; what is finished is kept, the same command resumes")
         return 130
     except RefscaleError as exc:
@@ -82,6 +75,8 @@ def _work(
     config: str, run_dir: str, overrides: list[str] | None, stages: tuple[str, ...], restart: bool
 ) -> None:
     loaded = load_config(config, overrides)
+    # The resolved config goes into the run folder and the report.
+    refuse_secrets(loaded, run_dir)
     # Ray and torch take seconds to import: a wrong config is answered before.
     from refscale.pipeline import Run, run_stages
 
@@ -145,7 +140,7 @@ def validate(config: ConfigPath, overrides: Overrides = None, debug: Debug = Fal
 
 
 @app.command()
-def status(run_dir: Annotated[str, typer.Argument(metavar="RUN")], debug: Debug = False) -> None:
+def status(run_dir: RunPath, debug: Debug = False) -> None:
     """What is done, what is next, and how fast it went."""
     store = Store(run_dir)
     if not store.exists("config.yaml"):
@@ -196,26 +191,7 @@ def config_show(config: ConfigPath, overrides: Overrides = None, debug: Debug = 
     print(dump_config(load_config(config, overrides)), end="")
 
 
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    add_help_option=False,
-)
-def bench(context: typer.Context, question: Annotated[str, typer.Argument()]) -> int:
-    """Answer a benchmark's question: scoring, selection, scale, training, cluster."""
-    folder = Path(__file__).resolve().parents[1] / "benchmarks"
-    script = folder / f"bench_{question}.py"
-    if not script.is_file():
-        known = sorted(p.stem.removeprefix("bench_") for p in folder.glob("bench_*.py"))
-        raise ConfigError(
-            f"no benchmark {question!r}; known: {', '.join(known) or 'none here'}"
-            " (they come with the repository, not with the package)"
-        )
-    spec = importlib.util.spec_from_file_location(script.stem, script)
-    assert spec is not None and spec.loader is not None, "a file that exists has a loader"
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[script.stem] = module
-    spec.loader.exec_module(module)
-    return int(module.main(context.args) or 0)
+cli_tools.register(app)
 
 
 @app.command()

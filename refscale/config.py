@@ -192,7 +192,9 @@ class SelectConfig(Section):
         "required_loss",
         "random",
     ] = Field("mean_margin", description="The selection key; see the guide on selection.")
-    keep: Literal["largest", "smallest", "middle", "band"] = Field("largest")
+    keep: Literal["largest", "smallest", "middle", "band"] = Field(
+        "largest", description="Which part of the order by key is kept."
+    )
     fraction: float | None = Field(None, gt=0, le=1, description="Share kept; default 0.5.")
     count: int | None = Field(None, gt=0, description="Pairs kept.")
     threshold: float | None = Field(None, description="Keys from here on are kept.")
@@ -236,19 +238,25 @@ class TrainConfig(Section):
     deepspeed: (
         Literal["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"] | dict[str, Any] | None
     ) = Field("zero2", description="A preset, a DeepSpeed config, or null for plain DDP.")
-    beta: float = Field(0.1, gt=0)
+    beta: float = Field(0.1, gt=0, description="DPO's beta.")
     loss_type: str = Field("sigmoid", description="A TRL loss that takes summed log-probs.")
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    learning_rate: float = Field(1e-6, gt=0)
-    lr_scheduler_type: str = "linear"
-    warmup_ratio: float = Field(0.1, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    num_train_epochs: float = Field(1.0, gt=0)
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="Share of labels that the loss takes for wrong."
+    )
+    learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate of AdamW.")
+    lr_scheduler_type: str = Field("linear", description="A schedule of transformers.")
+    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps that warm up.")
+    weight_decay: float = Field(0.0, ge=0, description="Of AdamW, decoupled.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    num_train_epochs: float = Field(1.0, gt=0, description="Passes over the selection.")
     max_steps: int = Field(-1, description="Optimizer steps; -1: from num_train_epochs.")
     per_device_train_batch_size: int = Field(8, gt=0, description="Pairs per worker and step.")
-    gradient_accumulation_steps: int = Field(1, gt=0)
-    gradient_checkpointing: bool = False
+    gradient_accumulation_steps: int = Field(
+        1, gt=0, description="Micro-batches of a worker an optimizer step."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in backward: less memory, more time."
+    )
     bf16: bool | None = Field(
         None,
         description="Compute in bfloat16; default: what the scores were computed in.",
@@ -261,8 +269,8 @@ class TrainConfig(Section):
         description="Shared-prefix packed steps; auto: where the model is served exactly.",
     )
     peft: dict[str, Any] | None = Field(None, description="LoraConfig fields, e.g. {r: 16}.")
-    seed: int = 42
-    logging_steps: int = Field(1, gt=0)
+    seed: int = Field(42, description="Of the shuffling.")
+    logging_steps: int = Field(1, gt=0, description="Optimizer steps between log rows.")
     save_steps: int = Field(100, gt=0, description="Optimizer steps between checkpoints.")
     save_total_limit: int = Field(2, gt=0, description="Checkpoints kept.")
     report_to: list[str] = Field(default_factory=list, description="tensorboard, wandb, …")
@@ -289,8 +297,8 @@ class EvaluateConfig(Section):
 class Replicas(Section):
     """Bounds of an elastic pool of scoring replicas."""
 
-    min: int = Field(1, gt=0)
-    max: int = Field(1, gt=0)
+    min: int = Field(1, gt=0, description="Replicas that are always there.")
+    max: int = Field(1, gt=0, description="Replicas at most, as the cluster has room.")
 
     @model_validator(mode="after")
     def _ordered(self) -> "Replicas":
@@ -309,7 +317,7 @@ class RayConfig(Section):
     replicas: int | Replicas = Field(
         1, description="Scoring replicas, or {min, max} to follow the cluster."
     )
-    cpus_per_replica: float = Field(1, gt=0)
+    cpus_per_replica: float = Field(1, gt=0, description="CPUs of a scoring replica.")
     gpus_per_replica: float | None = Field(
         None, ge=0, description="Default: 1 where the cluster has GPUs, else 0."
     )

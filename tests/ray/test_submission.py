@@ -1,0 +1,211 @@
+"""`refscale submit` against a cluster of two nodes on loopback, token authentication on.
+
+The cluster is this test's own: its ports are free ones, its files are in a folder of its own, and
+only the processes started here are ended.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+import yaml
+from support import string_pairs, write_jsonl
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+TOKEN = "loopback-cluster-token-0123456789abcdef"
+CANARY = "canary-5d1f3a-must-not-leave-this-process"
+
+
+@dataclass
+class LoopbackCluster:
+    dashboard: str
+    folder: Path
+    env: dict
+
+    def submit(self, *arguments: str, **env: str) -> subprocess.CompletedProcess:
+        code = (
+            "import json, sys\n"
+            "from refscale.errors import RefscaleError\n"
+            "from refscale.submission import submit\n"
+            "args = json.loads(sys.argv[1])\n"
+            "try:\n"
+            "    sys.exit(submit(args[0], args[1], args[3:], address=args[2], stage='prepare'))\n"
+            "except RefscaleError as exc:\n"
+            "    print(exc, file=sys.stderr); sys.exit(exc.exit_code)\n"
+        )
+        config, run_dir, *overrides = arguments
+        return subprocess.run(
+            [sys.executable, "-c", code, json.dumps([config, run_dir, self.dashboard, *overrides])],
+            env={**self.env, **env},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    def get(self, path: str) -> requests.Response:
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        return requests.get(f"{self.dashboard}{path}", headers=headers, timeout=10)
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def _node(arguments: list[str], folder: Path, env: dict, log: Path) -> subprocess.Popen:
+    agent, client, metrics = _free_ports(3)
+    command = [
+        str(Path(sys.executable).with_name("ray")),
+        "start",
+        *arguments,
+        "--node-ip-address=127.0.0.1",
+        "--num-cpus=2",
+        "--object-store-memory=80000000",
+        "--min-worker-port=0",
+        "--max-worker-port=0",
+        f"--dashboard-agent-listen-port={agent}",
+        f"--metrics-export-port={metrics}",
+        f"--temp-dir={folder}",
+        "--disable-usage-stats",
+        "--block",
+    ]
+    if "--head" in arguments:
+        command.append(f"--ray-client-server-port={client}")
+    with open(log, "w") as output:
+        # A session of its own: Ctrl-C on the tests does not reach it, the fixture ends it.
+        return subprocess.Popen(
+            command, env=env, stdout=output, stderr=output, start_new_session=True
+        )
+
+
+def _wait_for_nodes(cluster: LoopbackCluster, count: int, nodes: list, log: Path) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        assert all(node.poll() is None for node in nodes), log.read_text()
+        try:
+            alive = cluster.get("/nodes?view=summary").json()["data"]["summary"]
+            if sum(node["raylet"]["state"] == "ALIVE" for node in alive) == count:
+                return
+        except (requests.RequestException, KeyError, ValueError):
+            pass
+        time.sleep(0.3)
+    raise AssertionError(f"no cluster of {count} nodes: {log.read_text()}")
+
+
+def _end(nodes: list) -> None:
+    """End the nodes and what they started, by process id."""
+    started = [psutil.Process(node.pid) for node in nodes if node.poll() is None]
+    started += [child for parent in started for child in parent.children(recursive=True)]
+    for process in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(started, timeout=20)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    # Unix sockets below it may not be longer than 107 characters.
+    folder = Path(tempfile.mkdtemp(prefix="rs-"))
+    logs = tmp_path_factory.mktemp("nodes")
+    port, dashboard = _free_ports(2)
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "HF_TOKEN"))}
+    env = {
+        **kept,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": TOKEN,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Each process costs seconds here; none is started before it is asked for.
+        "RAY_prestart_worker_first_driver": "0",
+        "RAY_enable_worker_prestart": "0",
+        "HF_HUB_OFFLINE": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    head = ["--head", f"--port={port}", f"--dashboard-port={dashboard}"]
+    nodes = [_node(head, folder, env, logs / "head.log")]
+    found = LoopbackCluster(f"http://127.0.0.1:{dashboard}", folder, env)
+    try:
+        _wait_for_nodes(found, 1, nodes, logs / "head.log")
+        nodes.append(_node([f"--address=127.0.0.1:{port}"], folder, env, logs / "worker.log"))
+        _wait_for_nodes(found, 2, nodes, logs / "worker.log")
+        yield found
+    finally:
+        _end(nodes)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def config(tmp_path, tiny_model) -> Path:
+    write_jsonl(tmp_path / "pairs.jsonl", string_pairs(30))
+    values = {
+        "model": {"model_name_or_path": str(tiny_model)},
+        "corpus": {"sources": [{"path": "pairs.jsonl"}], "shard_pairs": 100},
+        "encoding": {"max_length": 128},
+        # Of the submitter's machine; inside the cluster it would be wrong.
+        "ray": {"address": "127.0.0.1:1"},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_a_job_runs_streams_its_log_resumes_and_shows_no_secret(cluster, config, tmp_path):
+    run = tmp_path / "run"
+    first = cluster.submit(str(config), str(run), HF_TOKEN=CANARY, WANDB_API_KEY=CANARY)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "corpus" in first.stdout  # the stage's own table, from the job's log
+    manifest = json.loads((run / "corpus/MANIFEST.json").read_text())
+    assert manifest["rows"] == 30
+
+    again = cluster.submit(str(config), str(run), HF_TOKEN=CANARY, WANDB_API_KEY=CANARY)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "done before (30 rows), skipped" in again.stdout
+
+    jobs = cluster.get("/api/jobs/").json()
+    submitted = [job for job in jobs if job["type"] == "SUBMISSION"]
+    assert len(submitted) == 2
+    for job in submitted:
+        assert list(job["runtime_env"]) == ["working_dir"]
+        assert "RAY_AUTH" not in json.dumps(job)
+    seen = json.dumps(jobs) + first.stdout + first.stderr
+    seen += "".join(cluster.get(f"/api/jobs/{job['submission_id']}/logs").text for job in submitted)
+    for secret in (CANARY, TOKEN):
+        assert secret not in seen
+    files = [p for root in (run, cluster.folder) for p in root.rglob("*") if p.is_file()]
+    assert len(files) > 10  # the run's files and Ray's logs are among them
+    for path in files:
+        assert CANARY.encode() not in path.read_bytes(), path
+
+
+def test_the_exit_code_is_that_of_the_job(cluster, config, tmp_path):
+    # Known on the nodes only: here the config is well-formed.
+    override = "corpus.sources.0.path=absent.jsonl"
+    done = cluster.submit(str(config), str(tmp_path / "run"), override)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "absent.jsonl" in done.stdout
+
+
+def test_a_wrong_token_is_one_line_and_no_job(cluster, config, tmp_path):
+    before = len(cluster.get("/api/jobs/").json())
+    refused = cluster.submit(str(config), str(tmp_path / "run"), RAY_AUTH_TOKEN="wrong" * 8)
+    assert refused.returncode == 1
+    last = refused.stderr.strip().splitlines()[-1]
+    assert "cannot submit the job" in last and "RAY_AUTH_TOKEN" in last
+    assert "Traceback" not in refused.stderr
+    assert len(cluster.get("/api/jobs/").json()) == before

@@ -1,0 +1,201 @@
+"""What SECURITY.md promises and a bare process can show."""
+
+import ast
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from refscale import secrets, submission
+from refscale.config import load_config, parse_config
+from refscale.errors import ConfigError, ModelError, StorageError
+from refscale.stages import StageFolder
+from refscale.storage import Store
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = sorted((ROOT / "refscale").glob("*.py"))
+CANARY = "hf_canary0123456789"
+# Modules that exchange objects between processes of one run, never through a file.
+_MESSAGES = ("pipeline.py", "ray_runtime.py")
+
+
+def make_config(**sections):
+    values = {
+        "model": {"model_name_or_path": "org/model"},
+        "corpus": {"sources": [{"path": "s3://bucket/pairs.jsonl"}]},
+        **sections,
+    }
+    return parse_config(values)
+
+
+def calls(path):
+    """Dotted names of everything that a module calls, with the call."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
+def test_no_file_is_unpickled_and_no_text_evaluated(path):
+    forbidden = re.compile(
+        r"(^|\.)(pickle|cloudpickle|dill|joblib|marshal|shelve)\."
+        r"|^(eval|exec|compile|__import__|os\.system|os\.popen)$|yaml\.(load|unsafe_load|full_load)$"
+    )
+    for name, node in calls(path):
+        # Only what our own tasks hand to the driver, as Ray's own messages are.
+        if path.name not in _MESSAGES or not name.endswith((".loads", ".dumps")):
+            assert not forbidden.search(name), f"{path.name}:{node.lineno}: {name}"
+        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        assert keywords.get("shell") != "True", f"{path.name}:{node.lineno}"
+        assert keywords.get("allow_pickle") != "True", f"{path.name}:{node.lineno}"
+        if name == "torch.load":
+            assert keywords.get("weights_only") == "True", f"{path.name}:{node.lineno}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
+def test_remote_code_and_runtime_environments_are_never_switched_on_in_code(path):
+    for name, node in calls(path):
+        for keyword in node.keywords:
+            if keyword.arg == "trust_remote_code":
+                assert ast.unparse(keyword.value) != "True", f"{path.name}:{node.lineno}"
+            if keyword.arg == "runtime_env":
+                # One place, and nothing but the working folder in it.
+                assert path.name == "submission.py" and name == "client.submit_job"
+                assert [ast.literal_eval(key) for key in keyword.value.keys] == ["working_dir"]
+
+
+def test_remote_code_is_off_by_default():
+    assert make_config().model.trust_remote_code is False
+
+
+def test_a_model_that_is_a_pickle_is_refused(tmp_path, tiny_model):
+    import torch
+
+    from refscale.reference import ReferenceModel
+
+    for file in tiny_model.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    torch.save({"lm_head.weight": Payload()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="cannot load the model"):
+        ReferenceModel.load(str(tmp_path), device="cpu")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../outside"])
+def test_paths_that_leave_the_run_folder_are_refused(tmp_path, name):
+    store = Store(tmp_path / "run")
+    for use in (store.path, store.exists, store.read_bytes, store.delete, store.open_input):
+        with pytest.raises(StorageError, match="leaves the run folder"):
+            use(name)
+    with pytest.raises(StorageError, match="leaves the run folder"):
+        store.write_bytes(name, b"")
+    assert not (tmp_path / "outside").exists()
+
+
+def test_a_manifest_that_names_files_outside_is_refused(tmp_path):
+    folder = StageFolder(Store(tmp_path), "scores")
+    manifest = folder.finish({}, [folder.publish_bytes("a", b"x")], counts={}, seconds=0)
+    manifest["files"][0]["name"] = "../../secret"
+    (tmp_path / "scores/MANIFEST.json").write_text(json.dumps(manifest))
+    with pytest.raises(StorageError, match="outside"):
+        folder.manifest()
+
+
+# -- what is submitted ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"train": {"trl": {"hub_token": CANARY}}},
+        {"train": {"trl": {"extra": {"wandb_api_key": CANARY}}}},
+        {"train": {"deepspeed": {"aws_secret": CANARY}}},
+    ],
+)
+def test_a_config_with_a_secret_is_not_submitted_and_the_secret_not_shown(section):
+    with pytest.raises(ConfigError, match="holds a secret") as caught:
+        secrets.refuse_secrets(make_config(**section), "s3://bucket/run")
+    assert CANARY not in str(caught.value)
+
+
+def test_uris_with_credentials_are_not_submitted():
+    uri = f"s3://AKIA0123:{CANARY}@bucket/run"
+    with pytest.raises(ConfigError, match="URI with credentials") as caught:
+        secrets.refuse_secrets(make_config(), uri)
+    assert CANARY not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"corpus\.sources\.0\.path is a URI with credentials"):
+        config = make_config(corpus={"sources": [{"path": uri}]})
+        secrets.refuse_secrets(config, "s3://bucket/run")
+
+
+def test_names_that_only_look_like_secrets_pass():
+    config = make_config(
+        train={"trl": {"include_num_input_tokens_seen": "all", "hub_token": None}},
+        score={"token_budget": 4096},
+    )
+    secrets.refuse_secrets(config, "s3://bucket/run")
+
+
+def test_what_is_staged_is_the_config_and_the_package_and_no_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", CANARY)
+    source = tmp_path / "here"
+    source.mkdir()
+    (source / "pairs.jsonl").write_text("{}\n" * 1000)
+    (source / "config.yaml").write_text(
+        "model: {model_name_or_path: org/model}\n"
+        "corpus: {sources: [{path: pairs.jsonl}]}\n"
+        "ray: {address: '10.0.0.1:6379'}\n"
+    )
+    config = load_config(str(source / "config.yaml"))
+    staged = tmp_path / "staged"
+    staged.mkdir()
+    submission.stage_job(config, staged)
+    files = [path for path in staged.rglob("*") if path.is_file()]
+    assert {path.relative_to(staged).parts[0] for path in files} == {"config.yaml", "refscale"}
+    assert not [path for path in files if path.suffix in (".pyc", ".safetensors")]
+    assert "pairs.jsonl" not in {path.name for path in files}
+    # Ray's limit for a working folder is far above; corpus and model must never be in it.
+    assert sum(path.stat().st_size for path in files) < 2_000_000
+    assert not [path for path in files if CANARY.encode() in path.read_bytes()]
+    values = yaml.safe_load((staged / "config.yaml").read_text())
+    assert values["corpus"]["sources"][0]["path"] == str(source / "pairs.jsonl")
+    # An address of the submitter's network means nothing inside the cluster.
+    assert values["ray"]["address"] is None
+    assert submission.paths_on_nodes(config, "s3://bucket/run") == [str(source / "pairs.jsonl")]
+
+
+def test_the_entry_point_quotes_what_a_shell_would_read():
+    command = submission.entry_point("s3://bucket/a b;rm -rf ~", "run")
+    assert command.endswith("--run-dir 's3://bucket/a b;rm -rf ~'")
+
+
+def test_the_token_is_used_when_there_is_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "absent"))
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    submission._enable_token()
+    assert "RAY_AUTH_MODE" not in os.environ
+    assert "accepts anyone's" in capsys.readouterr().err.replace("\n", " ")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", CANARY)
+    submission._enable_token()
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    submission._enable_token()
+    assert os.environ["RAY_AUTH_MODE"] == "disabled"
+    assert CANARY not in capsys.readouterr().err
+
+
+def test_wrong_stages_are_refused_before_anything_is_sent(tmp_path):
+    with pytest.raises(ConfigError, match="known: run, prepare"):
+        submission.submit("absent.yaml", str(tmp_path), stage="prepair")
+    with pytest.raises(ConfigError, match="name it with --stage"):
+        submission.submit("absent.yaml", str(tmp_path), restart=True)

@@ -1,0 +1,246 @@
+"""`refscale plan`: hand-derived figures of Llama-3.1-8B, and the engine's own count."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from support import string_pairs, write_jsonl
+
+from refscale.config import parse_config
+from refscale.errors import ConfigError, ModelError
+from refscale.footprint import Assumptions, model_shape, parse_gpus
+from refscale.lengths import of_means, of_pairs, of_run, of_sources, read_means
+from refscale.sizing import plan
+from refscale.stages import StageFolder
+from refscale.storage import Store
+
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+}
+GIB = 2**30
+# q and o 2 * 4096^2, k and v 2 * 4096 * 1024, MLP 3 * 4096 * 14336, in 32 layers.
+BACKBONE = 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+# Two vocabulary matrices, and two norms a layer plus the last.
+PARAMETERS = BACKBONE + 2 * 128256 * 4096 + 65 * 4096
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama-8b")
+    (folder / "config.json").write_text(json.dumps(LLAMA_8B))
+    return folder
+
+
+def make_config(model, **sections):
+    values = {
+        "model": {"model_name_or_path": str(model)},
+        "corpus": {"sources": [{"path": "unused.jsonl"}]},
+        **sections,
+    }
+    return parse_config(values)
+
+
+def test_the_shape_is_read_from_config_json_alone(llama):
+    assert [path.name for path in llama.iterdir()] == ["config.json"]
+    shape = model_shape(make_config(llama))
+    assert PARAMETERS == 8_030_261_248  # as published
+    assert shape.parameters == shape.trainable == PARAMETERS
+    assert shape.flops_per_token == 2 * BACKBONE == 13_958_643_712
+    assert shape.flops_per_head_row == 2 * 128256 * 4096
+    assert shape.flops_per_context == 4 * 32 * 32 * 128
+
+
+def test_gpu_hours_of_a_million_pairs_on_llama_8b(llama):
+    lengths = of_means(1_000_000, 400, 400, 400)
+    assumed = Assumptions(scoring_mfu=0.6, training_mfu=0.5, price_per_gpu_hour=2.0)
+    sizing = plan(
+        make_config(llama, select={"fraction": 0.1}), lengths, gpus="8xH100", assumptions=assumed
+    )
+    # Prompt once, and all but the last token of both completions.
+    tokens = 1e6 * (400 + 399 + 399)
+    head = 1e6 * (400 + 400)
+    context = 1e6 * (400 * 401 / 2 + 2 * (399 * 400 + 399 * 400 / 2))
+    flops = tokens * 2 * BACKBONE + head * 2 * 128256 * 4096 + context * 4 * 32 * 32 * 128
+    assert sizing.flops["scoring"] == pytest.approx(flops, rel=1e-12)
+    # 1.786e19 FLOP at 60 % of 989 TFLOP/s: 8.36 GPU hours, an hour and a bit on 8 GPUs.
+    assert sizing.gpu_hours["scoring"] == pytest.approx(flops / (0.6 * 989e12) / 3600)
+    assert sizing.gpu_hours["scoring"] == pytest.approx(8.36, abs=0.01)
+    assert sizing.hours["scoring"] == pytest.approx(sizing.gpu_hours["scoring"] / 8)
+    # A tenth of the pairs, forward and backward, no reference pass.
+    assert sizing.flops["training"] == pytest.approx(0.1 * 3 * flops)
+    assert sizing.cost == pytest.approx(2 * sum(sizing.gpu_hours.values()))
+
+
+def test_memory_of_each_zero_stage_of_llama_8b_on_8_workers(llama):
+    lengths = of_means(1000, 400, 400, 400)
+    config = make_config(llama, train={"num_workers": 8})
+    memory = plan(config, lengths, gpus="8xH100").worker_memory
+
+    def states(name):
+        return sum(memory[name].parts[p] for p in ("weights", "gradients", "optimizer")) * GIB
+
+    # bf16 weights and gradients 2 + 2, fp32 masters and two moments 12; DDP trains fp32 weights.
+    assert states("ddp") == pytest.approx((4 + 4 + 8) * PARAMETERS)
+    assert states("zero1") == pytest.approx((2 + 2 + 12 / 8) * PARAMETERS)
+    assert states("zero2") == pytest.approx((2 + 2 / 8 + 12 / 8) * PARAMETERS)
+    assert states("zero3") == pytest.approx(16 / 8 * PARAMETERS)
+    assert states("zero2_offload") == pytest.approx((2 + 2 / 8) * PARAMETERS)
+    assert states("zero3_offload") == pytest.approx(2 / 8 * PARAMETERS)
+    assert memory["zero3"].parts["gathered"] == pytest.approx(1e9 * 2 / GIB)
+    # 8 pairs of 1198 rows; a layer keeps 8 h + q, k, v, out + 4 I elements of 2 bytes a row.
+    row = 2 * 32 * (8 * 4096 + 2 * 128 * (32 + 8) + 4 * 14336)
+    assert memory["zero2"].parts["activations"] == pytest.approx(8 * 1198 * row / GIB)
+
+
+def test_a_replica_holds_weights_activations_at_the_budget_and_a_tile_of_logits(llama):
+    sizing = plan(make_config(llama), of_means(10, 4, 4, 4), gpus="4xH100")
+    parts = sizing.replica_memory.parts
+    assert parts["weights"] == pytest.approx(2 * PARAMETERS / GIB)
+    assert sizing.token_budget == 65536
+    assert parts["activations"] == pytest.approx(65536 * 2 * (12 * 4096 + 3 * 14336) / GIB)
+    assert parts["logits"] == pytest.approx(4096 * 65536 * 6 / GIB)
+    assert (sizing.gpus_per_replica, sizing.replicas) == (1, 4)
+
+
+def test_a_model_too_large_for_one_gpu_takes_several_and_waits_for_itself(llama):
+    one = plan(make_config(llama), of_means(10, 4, 4, 4), gpus="4xA100-80")
+    lengths = of_means(10, 4, 4, 4)
+    two = plan(make_config(llama, ray={"gpus_per_replica": 2}), lengths, gpus="4xA100-80")
+    assert two.replicas == 2
+    assert two.gpu_hours["scoring"] == pytest.approx(2 * one.gpu_hours["scoring"])
+    assert any("in turn" in note for note in two.notes)
+    with pytest.raises(ConfigError, match=r"GiB on each of 1 L4, which have 22\.5"):
+        plan(make_config(llama, score={"token_budget": 65536}), lengths, gpus="1xL4")
+
+
+def test_lora_holds_gradients_and_optimizer_of_the_adapter_only(llama):
+    config = make_config(llama, train={"peft": {"r": 16, "target_modules": ["q_proj", "v_proj"]}})
+    shape = model_shape(config)
+    # r * (in + out) of q: 4096 -> 4096 and v: 4096 -> 1024, in 32 layers.
+    assert shape.trainable == 32 * 16 * ((4096 + 4096) + (4096 + 1024))
+    memory = plan(config, of_means(10, 4, 4, 4), model=shape).worker_memory["zero2"]
+    assert memory.parts["optimizer"] == pytest.approx(12 * shape.trainable / GIB)
+
+
+def test_gradient_checkpointing_takes_a_forward_more_and_far_fewer_activations(llama):
+    shape = model_shape(make_config(llama))
+    lengths = of_means(1000, 400, 400, 400)
+    plain = plan(make_config(llama), lengths, model=shape)
+    config = make_config(llama, train={"gradient_checkpointing": True})
+    checkpointed = plan(config, lengths, model=shape)
+    assert checkpointed.flops["training"] == pytest.approx(plain.flops["training"] * 4 / 3)
+    before, after = (s.worker_memory["zero2"].parts["activations"] for s in (plain, checkpointed))
+    assert after < before / 10
+
+
+def test_operations_are_those_that_the_engine_counts(tiny_model):
+    from refscale.reference import EncodedPairs, ReferenceModel
+
+    rng = np.random.default_rng(0)
+
+    def ids(count):
+        return rng.integers(0, 250, count).astype(np.int32)
+
+    prompts = [ids(n) for n in (5, 17, 17, 40)]
+    prompts[2] = prompts[1]  # a prompt with four completions
+    chosen, rejected = [ids(n) for n in (3, 9, 1, 30)], [ids(n) for n in (8, 2, 12, 31)]
+    model = ReferenceModel.load(str(tiny_model), dtype="float32", device="cpu", path="packed")
+    stats = model.score(EncodedPairs(prompts, chosen, rejected)).stats
+    lengths = of_pairs(prompts, chosen, rejected, origin="test")
+    sizing = plan(make_config(tiny_model), lengths)
+    assert sizing.flops["scoring"] == pytest.approx(stats.flops, rel=1e-12)
+    assert lengths.useful_tokens == stats.useful_tokens
+
+
+def test_averages_are_the_limit_of_pairs_that_share_nothing():
+    rng = np.random.default_rng(1)
+    pairs = [(rng.permutation(200)[:30]).astype(np.int32).reshape(3, 10) for _ in range(5)]
+    counted = of_pairs(*([p[side] for p in pairs] for side in range(3)), origin="test")
+    given = of_means(5, 10, 10, 10)
+    for name in ("useful_tokens", "computed_tokens", "head_rows", "context", "padded_tokens"):
+        assert getattr(given, name) == getattr(counted, name), name
+    twice = counted.scaled_to(10, 1)
+    assert (twice.num_pairs, twice.holdout_pairs) == (10, 1)
+    assert twice.context == 2 * counted.context
+
+
+def test_every_assumption_is_printed_with_its_value(llama):
+    shape = model_shape(make_config(llama))
+    lengths = of_means(10, 4, 4, 4)
+    assumed = Assumptions(0.41, 0.31, 3.5, 1.75)
+    lines = dict(plan(make_config(llama), lengths, model=shape, assumptions=assumed).lines())
+    shown = {name: value for name, value in lines.items() if name.startswith("assumed")}
+    assert shown == {
+        "assumed: scoring_mfu": "0.41",
+        "assumed: training_mfu": "0.31",
+        "assumed: context_gib": "3.5",
+        "assumed: price_per_gpu_hour": "1.75",
+    }
+    free = plan(make_config(llama), lengths, model=shape)
+    assert free.cost is None and not any("cost" in name for name, _ in free.lines())
+    json.dumps(free.as_dict(), allow_nan=False)
+
+
+def test_malformed_arguments_say_what_is_right(tmp_path):
+    assert parse_gpus("8xh100")[0] == 8 and parse_gpus("L4")[1].name == "L4"
+    for text in ("8xH999", "0xH100", "x", "manyxH100"):
+        with pytest.raises(ConfigError, match="NUMBERxGPU with one of H100, H200"):
+            parse_gpus(text)
+    assert read_means("400,300.5,1") == (400, 300.5, 1)
+    with pytest.raises(ConfigError, match="PROMPT,CHOSEN,REJECTED"):
+        read_means("400,300")
+    with pytest.raises(ModelError, match="cannot read the config"):
+        model_shape(make_config(tmp_path / "absent"))
+
+
+def test_lengths_of_sources_are_those_of_the_pairs_that_prepare_makes(tmp_path, tiny_model):
+    write_jsonl(tmp_path / "pairs.jsonl", string_pairs(40))
+    config = make_config(
+        tiny_model,
+        corpus={"sources": [{"path": str(tmp_path / "pairs.jsonl")}], "holdout_fraction": 0.1},
+    )
+    lengths = of_sources(config)
+    assert (lengths.num_pairs, lengths.holdout_pairs) == (40, 4)
+    # Byte tokens: every character, and an EOS for each side.
+    rows = string_pairs(40)
+    texts = sum(len(row["prompt"]) + len(row["chosen"]) + len(row["rejected"]) + 2 for row in rows)
+    assert lengths.useful_tokens == texts
+    assert of_sources(config, num_pairs=4000).useful_tokens == pytest.approx(100 * texts)
+
+
+def test_lengths_of_a_run_are_its_first_shards_scaled_to_all(tmp_path):
+    store = Store(tmp_path)
+    corpus = StageFolder(store, "corpus")
+    corpus.begin({})
+    records = []
+    for shard, pairs in enumerate((3, 5)):
+        ids = [list(range(i, i + 10)) for i in range(pairs)]
+        table = pa.table(
+            {
+                "pair_id": pa.array([bytes([shard, i] * 8) for i in range(pairs)], pa.binary(16)),
+                "source": ["s"] * pairs,
+                "split": ["train"] * pairs,
+                "prompt_ids": pa.array(ids, pa.list_(pa.int32())),
+                "chosen_ids": pa.array([[200 + i] * 4 for i in range(pairs)], pa.list_(pa.int32())),
+                "rejected_ids": pa.array([[100] * 2] * pairs, pa.list_(pa.int32())),
+                "chosen_truncated": [False] * pairs,
+                "rejected_truncated": [False] * pairs,
+            }
+        )
+        records.append(corpus.commit_shard(f"shard-{shard:05d}", table, counts={"holdout": shard}))
+    corpus.finish({}, records, counts={}, seconds=1.0)
+    sampled = of_run(store, sample=1)
+    assert (sampled.num_pairs, sampled.holdout_pairs) == (8, 1)
+    assert sampled.useful_tokens == pytest.approx(8 * (10 + 4 + 2))
+    assert sampled.origin.startswith("1 of 2 shards")
+    assert of_run(store).origin.startswith("2 of 2 shards")
