@@ -251,6 +251,11 @@ class TrainConfig(Section):
     num_train_epochs: float = Field(1.0, gt=0, description="Passes over the selection.")
     max_steps: int = Field(-1, description="Optimizer steps; -1: from num_train_epochs.")
     per_device_train_batch_size: int = Field(8, gt=0, description="Pairs per worker and step.")
+    token_budget: int | None = Field(
+        None,
+        gt=0,
+        description="Tokens of a worker's micro-batch; replaces per_device_train_batch_size.",
+    )
     gradient_accumulation_steps: int = Field(
         1, gt=0, description="Micro-batches of a worker an optimizer step."
     )

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from refscale import preparation, schema
+from refscale import metrics, preparation, schema
 from refscale.encoding import Encoder, EncoderSettings
 from refscale.stages import FileRecord, StageFolder
 
@@ -84,6 +84,7 @@ def read_unit(
         record = parts.commit_bytes(
             item["fragment"], ".arrow", sink.getvalue(), rows=table.num_rows, counts=counts
         )
+        metrics.report_refusals(prepared.counts.quarantined)
         return {"record": json.dumps(asdict(record))}
 
     return read

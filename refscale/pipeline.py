@@ -32,6 +32,7 @@ from refscale.selection import Decision
 from refscale.stages import FileRecord, StageFolder
 from refscale.storage import Store
 from refscale.strategies import Moments
+from refscale.training_options import WorkerSettings
 
 CONFIG_FILE = "config.yaml"
 _CONFIG_HEADER = b"# The resolved config of this run, written by refscale.\n"
@@ -396,8 +397,6 @@ def train(run: Run) -> dict[str, Any]:
     Raises:
         TrainingError: The start check fails, the loss is not finite, or workers keep dying.
     """
-    from refscale.training import WorkerSettings
-
     started = time.monotonic()
     config, folder, policy = run.config, run.folder("training"), run.folder("policy")
     selected, scores = run.folder("selection").require(), run.folder("scores").require()

@@ -2,18 +2,19 @@
 
 Resume is by name: the same fingerprint gives the same run name, and Ray Train then hands the latest
 checkpoint to the workers, after the death of a worker as after that of the driver. Checkpoints go
-to the run folder once per node (its local rank 0 uploads for it), in the background.
+to the run folder once per node (its local rank 0 uploads for it), in the background. What a
+checkpoint costs: one write to the node's own disk while training waits, and its upload beside the
+next steps. A worker killed before the upload is done resumes from the checkpoint before.
 """
 
-import json
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import ray.train
 import ray.train.torch
@@ -21,18 +22,19 @@ from ray.train import Checkpoint, CheckpointConfig, CheckpointUploadMode, Failur
 
 import refscale.errors
 from refscale.errors import RefscaleError, TrainingError
-from refscale.storage import StageFolder, Store
+from refscale.stages import StageFolder
+from refscale.storage import Store
+from refscale.training_log import LOG_FILE, TrainingLog, plain, read_log
+from refscale.training_options import WorkerSettings
 
-if TYPE_CHECKING:
-    from refscale.training import WorkerSettings
+__all__ = ["LOG_FILE", "read_log", "train_on_ray"]
 
-LOG_FILE = "log.jsonl"
 _FAILED = "FAILED.json"
-_LOG_PUBLISHED_EVERY_S = 5.0
+_TENSORBOARD = "tensorboard"
 
 
 def train_on_ray(
-    settings: "WorkerSettings",
+    settings: WorkerSettings,
     folder: StageFolder,
     policy: StageFolder,
     *,
@@ -44,7 +46,7 @@ def train_on_ray(
     max_failures: int,
     checkpoints_kept: int,
 ) -> dict[str, Any]:
-    """Train and put the policy into `policy`; the final metrics.
+    """Train and put the policy into `policy`.
 
     Args:
         settings: Of one worker; its selection files are relative to the run, its output folders
@@ -57,7 +59,11 @@ def train_on_ray(
         gpus_per_worker: GPUs of each.
         threads: torch threads of each; None leaves torch's own number.
         max_failures: Failures of workers that are survived.
-        checkpoints_kept: Checkpoints kept in the run folder.
+        checkpoints_kept: Checkpoints kept in the run folder, the latest ones. There is no best one:
+            nothing but the training loss is measured before the evaluation.
+
+    Returns:
+        Rank 0's final metrics, as JSON can hold them; `resumed` says whether a checkpoint was used.
 
     Raises:
         RefscaleError: That a worker raised, as it was raised.
@@ -65,7 +71,7 @@ def train_on_ray(
     """
     store = folder.store
     store.delete(folder.file(_FAILED))
-    storage = f"{store.uri.rstrip('/')}/{folder.stage}/checkpoints"
+    storage = store.uri_of(folder.file("checkpoints"))
     trainer = ray.train.torch.TorchTrainer(
         _train_loop,
         train_loop_config={
@@ -94,12 +100,13 @@ def train_on_ray(
         result = trainer.fit()
     except Exception as exc:
         raise _worker_error(store, folder, exc) from exc
-    if result.error is not None:
+    if result.error is not None or store.exists(folder.file(_FAILED)):
         raise _worker_error(store, folder, result.error) from result.error
-    return {key: value for key, value in (result.metrics or {}).items() if _is_plain(value)}
+    # `result.metrics` are those of the last checkpoint, which is older than the end.
+    return dict(result.return_value)
 
 
-def _worker_error(store: Store, folder: StageFolder, exc: BaseException) -> RefscaleError:
+def _worker_error(store: Store, folder: StageFolder, exc: BaseException | None) -> RefscaleError:
     if store.exists(folder.file(_FAILED)):
         failed = store.read_json(folder.file(_FAILED))
         kind = getattr(refscale.errors, failed["type"], TrainingError)
@@ -111,105 +118,90 @@ def _worker_error(store: Store, folder: StageFolder, exc: BaseException) -> Refs
     )
 
 
-def _train_loop(config: dict[str, Any]) -> None:
+def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     """What each Ray Train worker runs."""
     folder: StageFolder = config["folder"]
-    context = ray.train.get_context()
-    # A refusal repeats itself: the restarts that Ray Train grants to failures must not try again.
+    # A refusal repeats itself, so the restart that Ray Train grants to a failure ends here. It was
+    # raised all the same: ranks that wait for this one in a collective must be torn down.
     if folder.store.exists(folder.file(_FAILED)):
-        raise TrainingError("refused in an earlier attempt")
+        return {}
     try:
-        _run(config, context)
+        return _run(config, ray.train.get_context())
     except RefscaleError as exc:
         failed = {"type": type(exc).__name__, "message": str(exc)}
         folder.store.write_json(folder.file(_FAILED), failed)
         raise
 
 
-def _run(config: Mapping[str, Any], context: Any) -> None:
+def _run(config: Mapping[str, Any], context: Any) -> dict[str, Any]:
     import torch
 
     from refscale.training import run_worker
 
     folder: StageFolder = config["folder"]
     policy: StageFolder = config["policy"]
-    store = folder.store
+    store, first_of_node = folder.store, context.get_local_rank() == 0
     if config["threads"]:
         torch.set_num_threads(config["threads"])
     # Equal on all ranks of a node: DeepSpeed writes one checkpoint folder together.
-    work = os.path.join(tempfile.gettempdir(), f"refscale-{config['name']}")
-    settings = replace(
-        config["settings"],
-        selection_files=[store.fetch(f, work) for f in config["settings"].selection_files],
-        output_dir=os.path.join(work, "checkpoints"),
-        policy_dir=os.path.join(work, "policy"),
-        cache_dir=os.path.join(work, f"datasets-{context.get_world_rank()}"),
-    )
-    log = _Log(folder, resumed=ray.train.get_checkpoint() is not None)
+    work = Path(tempfile.gettempdir()) / f"refscale-{config['name']}"
+    if first_of_node:
+        _remove(work / "upload", work / "checkpoints", work / "policy")  # of a killed attempt
+    checkpoint = ray.train.get_checkpoint()
+    settings = _settings(config["settings"], folder, work, context.get_world_rank())
+    log = TrainingLog(folder, resumed=checkpoint is not None)
 
-    def on_save(checkpoint: str, metrics: dict[str, Any]) -> None:
-        step = int(checkpoint.rstrip("/").rpartition("-")[2])
-        report: dict[str, Any] = {"metrics": {**metrics, "step": step}}
-        if context.get_local_rank() == 0:
-            # Hard links: the trainer may delete its folder while this one is still uploading.
-            clone = tempfile.mkdtemp(prefix="upload-", dir=work)
-            shutil.copytree(checkpoint, clone, copy_function=os.link, dirs_exist_ok=True)
+    def publish() -> None:
+        if context.get_world_rank() == 0:
+            log.publish()
+            if not store.is_local and settings.tensorboard_dir is not None:
+                store.upload_folder(settings.tensorboard_dir, folder.file(_TENSORBOARD))
+
+    def on_save(saved: str, metrics: dict[str, Any]) -> None:
+        step = int(saved.rpartition("-")[2])
+        report: dict[str, Any] = {"metrics": {**plain(metrics), "step": step}}
+        if first_of_node:
+            # Out of the trainer's way, which deletes its old folders, also half-uploaded ones.
+            upload = work / "upload" / Path(saved).name
+            upload.parent.mkdir(exist_ok=True)
+            os.replace(saved, upload)
             report.update(
-                checkpoint=Checkpoint.from_directory(clone),
+                checkpoint=Checkpoint.from_directory(upload),
                 checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
                 delete_local_checkpoint_after_upload=True,
             )
         ray.train.report(checkpoint_dir_name=f"checkpoint-{step:08d}", **report)
+        publish()
 
     with ExitStack() as stack:
-        checkpoint = ray.train.get_checkpoint()
         resume = stack.enter_context(checkpoint.as_directory()) if checkpoint else None
         metrics = run_worker(settings, on_log=log.add, on_save=on_save, resume_from=resume)
+    publish()
     if context.get_world_rank() == 0:
-        log.publish()
         store.upload_folder(settings.policy_dir, policy.stage)
-    metrics["resumed"] = resume is not None
-    ray.train.report({**metrics, "step": metrics["steps"]})
-    if context.get_local_rank() == 0:
-        shutil.rmtree(settings.policy_dir, ignore_errors=True)
-        shutil.rmtree(settings.output_dir, ignore_errors=True)
+    _remove(work / f"rank-{context.get_world_rank()}")
+    if first_of_node:
+        _remove(work / "checkpoints", work / "policy", work / _TENSORBOARD)
+    return plain({**metrics, "resumed": checkpoint is not None})
 
 
-class _Log:
-    """Rank 0's metrics as JSON lines in the run folder, whole after each publishing."""
-
-    def __init__(self, folder: StageFolder, *, resumed: bool) -> None:
-        self._folder, self._published = folder, 0.0
-        path = folder.file(LOG_FILE)
-        self._rows: list[dict[str, Any]] = []
-        if resumed and folder.store.exists(path):
-            self._rows = read_log(folder)
-
-    def add(self, row: dict[str, Any]) -> None:
-        """One log; a step that is repeated after a resume replaces the earlier ones."""
-        step = row.get("step", 0)
-        self._rows = [old for old in self._rows if old.get("step", 0) < step]
-        self._rows.append({key: value for key, value in row.items() if _is_plain(value)})
-        if time.monotonic() - self._published > _LOG_PUBLISHED_EVERY_S:
-            self.publish()
-
-    def publish(self) -> None:
-        """Write all rows."""
-        self._published = time.monotonic()
-        text = "".join(json.dumps(row) + "\n" for row in self._rows)
-        self._folder.store.write_bytes(self._folder.file(LOG_FILE), text.encode())
+def _settings(given: WorkerSettings, folder: StageFolder, work: Path, rank: int) -> WorkerSettings:
+    """`given` with this worker's own folders, and with selection files that it can open."""
+    store, own = folder.store, work / f"rank-{rank}"
+    tensorboard = None
+    if "tensorboard" in given.train["report_to"]:
+        local = store.path(folder.file(_TENSORBOARD)) if store.is_local else work / _TENSORBOARD
+        tensorboard = str(local)
+    return replace(
+        given,
+        selection_files=[store.fetch(file, str(own)) for file in given.selection_files],
+        output_dir=str(work / "checkpoints"),
+        policy_dir=str(work / "policy"),
+        cache_dir=str(own / "datasets"),
+        tensorboard_dir=tensorboard,
+    )
 
 
-def read_log(folder: StageFolder) -> list[dict[str, Any]]:
-    """The training log, one dict a logged step."""
-    path = folder.file(LOG_FILE)
-    if not folder.store.exists(path):
-        return []
-    return [json.loads(line) for line in folder.store.read_bytes(path).decode().splitlines()]
-
-
-def _is_plain(value: Any) -> bool:
-    """A value that strict JSON can hold."""
-    if isinstance(value, float):
-        return value == value and abs(value) != float("inf")
-    return isinstance(value, (int, str, bool))
+def _remove(*folders: Path) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,18 +1,67 @@
 """From `TrainConfig` to the arguments of TRL's DPOConfig, DeepSpeed and LoRA.
 
-In: plain values of the config. Out: plain dicts. Wrong options are refused here, by name, before a
-worker or a model is started. Costs the import of trl, on first use only; no model, no device.
+In: plain values of the config. Out: what a worker is told, and plain dicts. Wrong options are
+refused here, by name, before a model is loaded. Costs the import of trl, on first use only; no
+model, no device.
 """
 
 import dataclasses
 import difflib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from refscale.errors import ConfigError
 
 Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """All that one worker needs, as plain picklable data; equal on every rank.
+
+    Attributes:
+        train: `TrainConfig.model_dump()`.
+        model_name_or_path: The reference model, from which the policy starts.
+        selection_files: Parquet files in `schema.SELECTION`, readable on every rank, in order.
+        output_dir: Folder of checkpoints; the same path on every rank.
+        policy_dir: Folder that rank 0 writes the policy to.
+        max_length: `encoding.max_length`: the longest prompt + completion in the selection.
+        bf16: Compute in bfloat16, resolved; should equal what the scores were computed in.
+        revision: Hub revision of the model.
+        adapter: LoRA adapter merged into the reference model before training.
+        attn_implementation: As `ModelConfig`.
+        chat_template: Path of a template that replaces the tokenizer's, saved with the policy.
+        trust_remote_code: As `ModelConfig`.
+        quantization: Load the base quantised (QLoRA); needs `train.peft`.
+        easiest: Which end of the selection key is the clearest, for `order: easy_to_hard`.
+        merge_adapter: With LoRA, write the merged model to `policy_dir` and the adapter to
+            `policy_dir/adapter`; else only the adapter, to `policy_dir`.
+        cache_dir: Where the selection is mapped from; default: datasets' own cache.
+        tensorboard_dir: Where `report_to: tensorboard` writes; default: in `output_dir`.
+        fingerprint: Written to checkpoints and compared on resume; any text.
+    """
+
+    train: dict[str, Any]
+    model_name_or_path: str
+    selection_files: list[str]
+    output_dir: str
+    policy_dir: str
+    max_length: int
+    bf16: bool = False
+    revision: str | None = None
+    adapter: str | None = None
+    attn_implementation: str | None = None
+    chat_template: str | None = None
+    trust_remote_code: bool = False
+    quantization: Literal["8bit", "4bit"] | None = None
+    easiest: Literal["largest", "smallest"] = "largest"
+    merge_adapter: bool = True
+    cache_dir: str | None = None
+    tensorboard_dir: str | None = None
+    fingerprint: str = ""
+
 
 # TRL 1.16's losses. All of them read the reference through the two plain sums alone; ipo and
 # sigmoid_norm divide by the completion's tokens themselves, sft reads no reference.
@@ -178,7 +227,7 @@ def dpo_arguments(
     Raises:
         ConfigError: `train.trl` holds a key that DPOConfig does not have (the nearest is named),
             one that has its own place in the config, or one that stored reference sums rule out;
-            or `train.loss_type` is not one of TRL's.
+            `train.loss_type` is not one of TRL's; or a reporter is unknown or not installed.
     """
     loss_types = [name.strip() for name in str(train["loss_type"]).split(",")]
     for name in loss_types:
@@ -192,6 +241,7 @@ def dpo_arguments(
             "train.loss_type exo_pair takes the logarithm of train.label_smoothing, got 0;"
             " its paper uses 0.001"
         )
+    check_report_to(train["report_to"])
     from trl import DPOConfig
 
     extra = dict(train["trl"])
@@ -241,6 +291,31 @@ def dpo_arguments(
     }
     arguments.update(extra)
     return arguments
+
+
+def check_report_to(names: Sequence[str]) -> None:
+    """Refuse a reporter that transformers does not know or that is not installed here.
+
+    Raises:
+        ConfigError: The nearest known name, or what to install.
+    """
+    if not names:
+        return
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    available = get_available_reporting_integrations()
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ConfigError(
+                f"train.report_to: unknown reporter {name!r}"
+                f"{_nearest(name, sorted(INTEGRATION_TO_CALLBACK))}"
+            )
+        if name not in available:
+            raise ConfigError(
+                f"train.report_to: {name} is not installed where the workers run; install it there,"
+                " or leave it out (training/log.jsonl and the report have the same curves)"
+            )
 
 
 def peft_config(fields: dict[str, Any] | None) -> Any:

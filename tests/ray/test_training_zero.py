@@ -1,7 +1,7 @@
-"""Two ranks: each DeepSpeed preset trains, saves, resumes and survives a killed rank.
+"""Two ranks: each DeepSpeed preset, LoRA and token-budget batches train, save and resume.
 
-The ranks are plain processes, started as a launcher would; Ray Train's own part is tested with the
-pipeline.
+The ranks are plain processes, started as a launcher would, and do all trainings in turn; Ray
+Train's own part is in test_train_failures.py.
 """
 
 import json
@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ import pyarrow.parquet as pq
 import pytest
 
 STEPS, SAVE_STEPS, BATCH, PAIRS = 6, 4, 3, 24
-KILLED = 17
 
 pytestmark = pytest.mark.slow
 
@@ -81,13 +81,6 @@ def make_inputs(folder: Path) -> None:
     pq.write_table(table, folder / "selection.parquet")
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    make_inputs(folder)
-    return folder
-
-
 def settings_of(inputs: Path, out: Path, **train: Any) -> dict[str, Any]:
     return {
         "train": {
@@ -96,7 +89,7 @@ def settings_of(inputs: Path, out: Path, **train: Any) -> dict[str, Any]:
             "max_steps": STEPS,
             "save_steps": SAVE_STEPS,
             "save_total_limit": 5,
-            "packed": "off",
+            "packed": "on",
             **train,
         },
         "model_name_or_path": str(inputs / "model"),
@@ -143,6 +136,8 @@ def launch(out: Path, runs: list[dict[str, Any]]) -> tuple[list[int], list[dict[
 
 def rank_main(plan: Path) -> None:
     """What each rank runs."""
+    import torch
+
     from refscale.config import TrainConfig
     from refscale.training import WorkerSettings, run_worker
 
@@ -157,8 +152,6 @@ def rank_main(plan: Path) -> None:
             # Every rank's part is there when any rank is told.
             saved.append([folder, sorted(os.listdir(folder))])
 
-        if run.get("kill_at_step") and os.environ["RANK"] == "1":
-            kill_at_step(run["kill_at_step"])
         metrics = run_worker(
             WorkerSettings(**fields),
             on_log=logs.append,
@@ -168,20 +161,7 @@ def rank_main(plan: Path) -> None:
         results.append({"metrics": metrics, "logs": logs, "saved": saved})
     if os.environ["RANK"] == "0":
         plan.with_name("results.json").write_text(json.dumps(results))
-
-
-def kill_at_step(step: int) -> None:
-    """End this process, without any clean-up, in the middle of a step."""
-    from refscale.training import PrecomputedDPOTrainer
-
-    compute_loss = PrecomputedDPOTrainer.compute_loss
-
-    def dying(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step + 1 == step:
-            os._exit(KILLED)
-        return compute_loss(self, *args, **kwargs)
-
-    PrecomputedDPOTrainer.compute_loss = dying
+    torch.distributed.destroy_process_group()
 
 
 def assert_same_policy(a: Path, b: Path, tolerance: float) -> None:
@@ -194,96 +174,109 @@ def assert_same_policy(a: Path, b: Path, tolerance: float) -> None:
         assert difference <= tolerance, f"{name} differs by {difference}"
 
 
-@pytest.fixture(scope="module")
-def ddp(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
-    """Policy and losses of two ranks without DeepSpeed, which every preset must reproduce."""
-    out = tmp_path_factory.mktemp("ddp")
-    codes, results = launch(out, [{"settings": settings_of(inputs, out, deepspeed=None)}])
-    assert codes == [0, 0], (out / "rank0.log").read_text()[-2000:]
-    return out / "policy", [log["loss"] for log in results[0]["logs"]]
+PRESETS = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+TRAININGS: dict[str, dict[str, Any]] = {
+    "ddp": {"deepspeed": None, "packed": "off"},
+    **{preset: {"deepspeed": preset} for preset in PRESETS},
+    "lora": {"deepspeed": "zero2", "peft": LORA, "gradient_checkpointing": True},
+    # 24 pairs of 3 to 33 tokens: about four a micro-batch, and so two epochs in six steps.
+    "tokens": {"deepspeed": "zero2", "token_budget": 90},
+    "bf16": {"deepspeed": "zero3"},
+}
+LN2 = 0.693147
 
 
-@pytest.mark.parametrize("preset", ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"])
-def test_each_preset_trains_saves_and_resumes(
-    inputs: Path, tmp_path: Path, ddp: tuple[Path, list[float]], preset: str
-) -> None:
+@dataclass(frozen=True)
+class Trained:
+    """Where the inputs and trainings lie, and rank 0's results of each."""
+
+    inputs: Path
+    out: Path
+    results: dict[str, dict[str, Any]]
+
+
+_done: list[Trained] = []  # shared by the modules that import the fixture
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """All trainings, whole and resumed, in two processes for all of them."""
+    if not _done:
+        _done.append(train_all(tmp_path_factory.mktemp("trained")))
+    return _done[0]
+
+
+def train_all(out: Path) -> Trained:
+    inputs = out / "inputs"
+    make_inputs(inputs)
+    runs, names = [], []
+    for name, train in TRAININGS.items():
+        checkpoint = out / name / "checkpoints" / f"checkpoint-{SAVE_STEPS}"
+        for kind, resume in ((name, None), (f"{name}-resumed", str(checkpoint))):
+            settings = settings_of(inputs, out / kind, **train)
+            settings["bf16"] = name == "bf16"
+            runs.append({"settings": settings, "resume_from": resume})
+            names.append(kind)
+    runs, names = runs[:-1], names[:-1]  # bf16 need not be resumed
+    codes, results = launch(out, runs)
+    assert codes == [0, 0], (out / "rank0.log").read_text()[-3000:]
+    return Trained(inputs, out, dict(zip(names, results, strict=True)))
+
+
+def losses(result: dict[str, Any]) -> list[float]:
+    return [log["loss"] for log in result["logs"]]
+
+
+@pytest.mark.parametrize("name", [name for name in TRAININGS if name != "bf16"])
+def test_each_trains_saves_and_resumes_exactly(trained: Trained, name: str) -> None:
+    out, results = trained.out, trained.results
+    whole, resumed = results[name], results[f"{name}-resumed"]
+    # ln 2, through partitioned weights too
+    assert whole["logs"][0]["loss"] == pytest.approx(LN2, abs=1e-5)
+    assert whole["metrics"]["start_check_loss"] == pytest.approx(LN2, abs=1e-5)
+    assert whole["metrics"]["train_path"].startswith("padded" if name == "ddp" else "packed")
+    # A checkpoint holds both ranks' random states and optimizer shards when it is reported.
+    assert [Path(folder).name for folder, _ in whole["saved"]] == ["checkpoint-4", "checkpoint-6"]
+    folder, files = whole["saved"][0]
+    assert {"rng_state_0.pth", "rng_state_1.pth", "refscale_checkpoint.json"} <= set(files)
+    if name != "ddp":
+        shards = Path(folder).glob(f"global_step{SAVE_STEPS}/*optim_states.pt")
+        assert len(list(shards)) == 2
+    assert [log["step"] for log in resumed["logs"]] == [5, 6]
+    np.testing.assert_allclose(losses(resumed), losses(whole)[4:], atol=1e-6)
+    assert_same_policy(out / f"{name}-resumed" / "policy", out / name / "policy", 1e-6)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_zero_only_partitions_and_packs_only_pack(trained: Trained, preset: str) -> None:
     from transformers import AutoModelForCausalLM
 
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    checkpoint = whole / "checkpoints" / f"checkpoint-{SAVE_STEPS}"
-    runs = [
-        {"settings": settings_of(inputs, whole, deepspeed=preset)},
-        {
-            "settings": settings_of(inputs, resumed, deepspeed=preset),
-            "resume_from": str(checkpoint),
-        },
-    ]
-    codes, results = launch(tmp_path, runs)
-    assert codes == [0, 0], (tmp_path / "rank0.log").read_text()[-2000:]
-    first, second = results
-    # ln 2, through partitioned weights too
-    assert first["logs"][0]["loss"] == pytest.approx(0.693147, abs=1e-5)
-    assert first["metrics"]["start_check_loss"] == pytest.approx(0.693147, abs=1e-5)
-    # ZeRO only partitions: the same losses and weights as plain data parallelism in fp32.
-    np.testing.assert_allclose([log["loss"] for log in first["logs"]], ddp[1], atol=1e-5)
-    assert_same_policy(whole / "policy", ddp[0], 1e-4)
-    AutoModelForCausalLM.from_pretrained(whole / "policy")
-    # A checkpoint holds both ranks' optimizer shards and random states when it is reported.
-    assert [Path(folder).name for folder, _ in first["saved"]] == ["checkpoint-4", "checkpoint-6"]
-    files = first["saved"][0][1]
-    assert {"rng_state_0.pth", "rng_state_1.pth", "refscale_checkpoint.json"} <= set(files)
-    shards = list((checkpoint / f"global_step{SAVE_STEPS}").glob("*optim_states.pt"))
-    assert len(shards) == 2
-    assert [log["step"] for log in second["logs"]] == [5, 6]
-    assert_same_policy(resumed / "policy", whole / "policy", 1e-6)
+    out, results = trained.out, trained.results
+    # The losses and weights of padded data parallelism without DeepSpeed, in float32.
+    np.testing.assert_allclose(losses(results[preset]), losses(results["ddp"]), atol=1e-5)
+    assert_same_policy(out / preset / "policy", out / "ddp" / "policy", 1e-4)
+    AutoModelForCausalLM.from_pretrained(out / preset / "policy")
 
 
-def test_lora_under_zero2_trains_resumes_and_merges(inputs: Path, tmp_path: Path) -> None:
-    lora = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    train = {"deepspeed": "zero2", "peft": lora, "gradient_checkpointing": True}
-    runs = [
-        {"settings": settings_of(inputs, whole, **train)},
-        {
-            "settings": settings_of(inputs, resumed, **train),
-            "resume_from": str(whole / "checkpoints" / f"checkpoint-{SAVE_STEPS}"),
-        },
-    ]
-    codes, results = launch(tmp_path, runs)
-    assert codes == [0, 0], (tmp_path / "rank0.log").read_text()[-2000:]
-    assert results[0]["logs"][0]["loss"] == pytest.approx(0.693147, abs=1e-5)
-    assert (whole / "policy" / "adapter" / "adapter_model.safetensors").is_file()
-    assert_same_policy(resumed / "policy", whole / "policy", 1e-6)
+def test_lora_writes_its_adapter_beside_the_merged_policy(trained: Trained) -> None:
+    out = trained.out
+    assert (out / "lora" / "policy" / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_bfloat16_under_zero3_keeps_the_stored_sums(inputs: Path, tmp_path: Path) -> None:
+def test_token_budget_batches_go_on_in_the_second_epoch(trained: Trained) -> None:
+    logs = trained.results["tokens"]["logs"]
+    assert 1 < logs[SAVE_STEPS - 1]["epoch"] < 2  # the checkpoint that was resumed from
+
+
+def test_bfloat16_under_zero3_keeps_the_stored_sums(trained: Trained) -> None:
     from safetensors.torch import load_file
 
-    runs = [
-        {"settings": {**settings_of(inputs, tmp_path, deepspeed="zero3"), "bf16": True}},
-    ]
-    codes, results = launch(tmp_path, runs)
-    assert codes == [0, 0], (tmp_path / "rank0.log").read_text()[-2000:]
+    out, results = trained.out, trained.results
     # Sums near -40 nats have a bfloat16 step of 0.25; rounded ones would move the loss by more.
-    assert results[0]["logs"][0]["loss"] == pytest.approx(0.693147, abs=2e-3)
-    assert str(load_file(tmp_path / "policy" / "model.safetensors").popitem()[1].dtype) == (
-        "torch.bfloat16"
-    )
-
-
-def test_a_rank_killed_in_a_step_costs_the_steps_since_the_checkpoint(
-    inputs: Path, tmp_path: Path, ddp: tuple[Path, list[float]]
-) -> None:
-    settings = settings_of(inputs, tmp_path, deepspeed="zero2")
-    codes, _ = launch(tmp_path, [{"settings": settings, "kill_at_step": 6}])
-    assert codes[1] == KILLED
-    assert codes[0] != 0
-    checkpoint = tmp_path / "checkpoints" / f"checkpoint-{SAVE_STEPS}"
-    codes, results = launch(tmp_path, [{"settings": settings, "resume_from": str(checkpoint)}])
-    assert codes == [0, 0], (tmp_path / "rank0.log").read_text()[-2000:]
-    assert [log["step"] for log in results[0]["logs"]] == [5, 6]
-    # The same weights as an undisturbed run, to float32 rounding.
-    assert_same_policy(tmp_path / "policy", ddp[0], 1e-4)
+    assert losses(results["bf16"])[0] == pytest.approx(LN2, abs=2e-3)
+    weights = load_file(out / "bf16" / "policy" / "model.safetensors")
+    assert str(weights.popitem()[1].dtype) == "torch.bfloat16"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
 """The DPO worker: no reference model, the right loss, honest refusals, exact resume."""
 
 import dataclasses
+import functools
 import inspect
 import json
 import math
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +28,19 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer
 
 from refscale import schema, training
+from refscale.checkpoints import CHECKPOINT_FILE, check_checkpoint, checkpoint_record
 from refscale.config import TrainConfig
+from refscale.dpo_trainer import PrecomputedDPOTrainer, training_flops, useful_tokens
 from refscale.errors import ConfigError, ModelError, TrainingError
-from refscale.training import PrecomputedDPOTrainer, WorkerSettings, load_selection, run_worker
-from refscale.training_options import LOSS_TYPES, deepspeed_config, dpo_arguments, peft_config
+from refscale.stages import StageFolder
+from refscale.start_check import logps_budget
+from refscale.storage import Store
+from refscale.training import WorkerSettings, run_worker
+from refscale.training_data import REF_COLUMNS, load_selection
+from refscale.training_log import TrainingLog, read_log
+from refscale.training_options import LOSS_TYPES, dpo_arguments
+
+torch.set_num_threads(1)  # more only wait for each other on such small tensors
 
 VOCAB = 64
 LN2 = math.log(2)
@@ -118,7 +131,7 @@ def train_config(**changes: Any) -> dict[str, Any]:
         "learning_rate": 1e-3,
         "save_steps": 1000,
         "max_steps": 3,
-        "packed": "off",
+        "packed": "auto",
     }
     return TrainConfig.model_validate({**fields, **changes}).model_dump()
 
@@ -147,7 +160,7 @@ def changed(settings: WorkerSettings, **changes: Any) -> WorkerSettings:
 
 
 def make_trainer(
-    settings: WorkerSettings, cls: type[DPOTrainer] = PrecomputedDPOTrainer, **changes: Any
+    settings: WorkerSettings, cls: Callable[..., DPOTrainer] = PrecomputedDPOTrainer, **changes: Any
 ) -> DPOTrainer:
     """A trainer on the selection without `run_worker`'s callbacks."""
     arguments = dpo_arguments(
@@ -165,7 +178,7 @@ class WithReference(DPOTrainer):
     """TRL's own trainer with the reference model in memory, on the same ids."""
 
     def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
-        return dataset.remove_columns(list(training.REF_COLUMNS))
+        return dataset.remove_columns(list(REF_COLUMNS))
 
 
 # --- no reference model, and the stored sums are what the loss is made of
@@ -213,29 +226,66 @@ def test_wrong_stored_sums_change_the_loss_by_what_dpo_says(
 
 def test_loss_curve_equals_trl_with_the_reference_in_memory(settings: WorkerSettings) -> None:
     settings = changed(settings, max_steps=20)
+    packed = functools.partial(PrecomputedDPOTrainer, packed=True)
     curves = []
-    for cls, precompute in ((PrecomputedDPOTrainer, True), (WithReference, False)):
-        trainer = make_trainer(settings, cls, precompute_ref_log_probs=precompute)
-        assert (trainer.ref_model is None) == precompute
+    for cls in (WithReference, PrecomputedDPOTrainer, packed):
+        ours = cls is not WithReference
+        trainer = make_trainer(settings, cls, precompute_ref_log_probs=ours)
+        assert (trainer.ref_model is None) == ours
         trainer.train()
         curves.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
     assert len(curves[0]) == 20
     assert np.ptp(curves[0]) > 0.1  # it learns, so that equality says something
-    np.testing.assert_allclose(curves[0], curves[1], atol=1e-4)
+    np.testing.assert_allclose(curves[1], curves[0], atol=1e-4)
+    np.testing.assert_allclose(curves[2], curves[0], atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, rows: Any) -> list[DPOTrainer]:
+    """Ours and TRL's trainer, whose equal policies have left the reference."""
+    folder = tmp_path_factory.mktemp("moved")
+    settings = WorkerSettings(
+        train=train_config(),
+        model_name_or_path=str(model_dir),
+        selection_files=[write_selection(folder / "selection.parquet", rows)],
+        output_dir=str(folder / "checkpoints"),
+        policy_dir=str(folder / "policy"),
+        max_length=64,
+        cache_dir=str(folder / "cache"),
+    )
+    trainers = [
+        make_trainer(settings),
+        make_trainer(settings, WithReference, precompute_ref_log_probs=False),
+    ]
+    for trainer in trainers:
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for parameter in trainer.model.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return trainers
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_each_loss_with_stored_sums_equals_trl_with_the_reference(
-    settings: WorkerSettings, loss_type: str
+def test_each_loss_and_its_gradients_with_stored_sums_equal_trls_with_the_reference(
+    moved: list[DPOTrainer], loss_type: str
 ) -> None:
-    smoothing = 0.1 if loss_type in ("robust", "exo_pair") else 0.0
-    settings = changed(settings, loss_type=loss_type, label_smoothing=smoothing, max_steps=2)
-    curves = []
-    for cls, precompute in ((PrecomputedDPOTrainer, True), (WithReference, False)):
-        trainer = make_trainer(settings, cls, precompute_ref_log_probs=precompute)
-        trainer.train()
-        curves.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
-    np.testing.assert_allclose(curves[0], curves[1], rtol=1e-4, atol=1e-4)
+    losses, gradients = [], []
+    for trainer in moved:
+        trainer.loss_types, trainer.loss_weights = [loss_type], [1.0]
+        trainer.label_smoothing = 0.1 if loss_type in ("robust", "exo_pair") else 0.0
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(6)])
+        trainer.model.zero_grad()
+        loss = trainer.compute_loss(trainer.model, batch)
+        loss.backward()
+        losses.append(float(loss))
+        gradients.append({n: p.grad.clone() for n, p in trainer.model.named_parameters()})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4, abs=1e-5)
+    for name, expected in gradients[1].items():
+        scale = float(expected.abs().max())
+        assert scale > 0, f"{name} has no gradient to compare"
+        torch.testing.assert_close(
+            gradients[0][name], expected, atol=1e-4 * scale, rtol=1e-3, msg=name
+        )
 
 
 def test_losses_of_trl_are_all_known(settings: WorkerSettings) -> None:
@@ -344,6 +394,82 @@ def test_an_unmerged_adapter_is_the_policy_where_asked(settings: WorkerSettings)
     AutoModelForCausalLM.from_pretrained(settings.policy_dir)
 
 
+# --- logs
+
+
+def test_each_log_holds_curves_speed_and_memory_also_for_tensorboard(
+    settings: WorkerSettings, tmp_path: Path
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logged = changed(settings, report_to=["tensorboard"])
+    _, logs = run(dataclasses.replace(logged, tensorboard_dir=str(tmp_path / "tensorboard")))
+    names = {
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        *(f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")),
+        "logps/chosen",
+        "num_tokens",
+        "pairs_per_s",
+        "tokens_per_s",
+        "model_flops_per_s",
+        "peak_memory_gib",
+    }
+    assert [log["step"] for log in logs] == [1, 2, 3]
+    for log in logs:
+        assert names <= set(log)
+        assert log["pairs_per_s"] > 0 < log["tokens_per_s"]
+        assert 0.05 < log["peak_memory_gib"] < 64
+    # Both are counted over the same seconds: 12 pairs of the tokens that TRL counted.
+    ratio = sum(log["tokens_per_s"] / log["pairs_per_s"] for log in logs) / 3
+    assert ratio == pytest.approx(logs[-1]["num_tokens"] / 12, rel=0.5)
+    # 2 layers of (q and o: 32 x 32, k and v: 32 x 16, three of 32 x 48, two norms) and a norm.
+    layers = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32) + 32
+    assert training_flops(AutoModelForCausalLM.from_pretrained(settings.model_name_or_path)) == (
+        6 * layers,
+        6 * 32 * VOCAB,
+    )
+    # Of one step: its useful tokens are at most those that TRL counts, which has prompts twice.
+    step = logs[1]["model_flops_per_s"] / logs[1]["pairs_per_s"] * 4
+    counted = logs[1]["num_tokens"] - logs[0]["num_tokens"]
+    assert 0.5 * counted * 6 * layers < step < counted * 6 * (layers + 32 * VOCAB)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    for name in names:
+        values = [event.value for event in events.Scalars(f"train/{name}")]
+        np.testing.assert_allclose(values, [log[name] for log in logs], rtol=1e-5)
+
+
+def test_useful_tokens_count_a_prompt_once(settings: WorkerSettings) -> None:
+    trainer = make_trainer(settings)
+    rows = [trainer.train_dataset[i] for i in range(5)]
+    ids = {side: sum(len(row[f"{side}_ids"]) for row in rows) for side in ("prompt", "chosen")}
+    rejected = sum(len(row["rejected_ids"]) for row in rows)
+    counts = useful_tokens(trainer.data_collator(rows)).tolist()
+    assert counts == [sum(ids.values()) + rejected, ids["chosen"] + rejected]
+
+
+def test_the_log_is_whole_lines_and_repeated_steps_replace_the_earlier(tmp_path: Path) -> None:
+    folder = StageFolder(Store(str(tmp_path)), "training")
+    log = TrainingLog(folder, resumed=False)
+    assert read_log(folder) == []
+    for step in (1, 2, 3):
+        log.add({"step": step, "loss": float(step), "odd": float("nan"), "list": [1]})
+    log.publish()
+    resumed = TrainingLog(folder, resumed=True)
+    resumed.add({"step": 2, "loss": 20.0})
+    resumed.publish()
+    assert read_log(folder) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 20.0}]
+    TrainingLog(folder, resumed=False).publish()
+    assert read_log(folder) == []
+
+
+def test_the_log_is_read_without_torch_or_ray() -> None:
+    code = "import sys, refscale.training_log; assert not {'torch', 'ray'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 # --- order, resume
 
 
@@ -433,11 +559,11 @@ def test_resume_is_refused_from_other_folders_and_settings(
 ) -> None:
     with pytest.raises(TrainingError, match="is not a checkpoint of refscale"):
         run(settings, resume_from=str(tmp_path))
-    record = tmp_path / training.CHECKPOINT_FILE
-    record.write_text(json.dumps(training._checkpoint_record(settings)))
-    training.check_checkpoint(str(tmp_path), settings)
+    record = tmp_path / CHECKPOINT_FILE
+    record.write_text(json.dumps(checkpoint_record(settings)))
+    check_checkpoint(str(tmp_path), settings)
     with pytest.raises(TrainingError, match="seed was 42 and is now 7"):
-        training.check_checkpoint(str(tmp_path), changed(settings, seed=7))
+        check_checkpoint(str(tmp_path), changed(settings, seed=7))
 
 
 # --- refusals at the start and on the way
@@ -471,9 +597,9 @@ def test_the_start_check_names_the_pair_that_is_off(
 
 def test_budget_grows_with_length_and_is_wide_for_bfloat16_only() -> None:
     logps, tokens = np.array([-300.0]), np.array([100])
-    assert training.logps_budget(logps, tokens, bf16=False)[0] == pytest.approx(0.013)
+    assert logps_budget(logps, tokens, bf16=False)[0] == pytest.approx(0.013)
     # 0.2 * sqrt(100) + 0.01 * 300 + 0.1
-    assert training.logps_budget(logps, tokens, bf16=True)[0] == pytest.approx(5.1)
+    assert logps_budget(logps, tokens, bf16=True)[0] == pytest.approx(5.1)
 
 
 def test_a_loss_that_is_not_finite_names_its_step(
@@ -504,6 +630,12 @@ def test_out_of_memory_says_what_to_change(
         "train.per_device_train_batch_size: 2 with train.gradient_accumulation_steps: 2" in message
     )
     assert "train.gradient_checkpointing: true" in message
+    assert "\n" not in message
+    budgeted = changed(settings)
+    budgeted.train["token_budget"] = 400
+    with pytest.raises(TrainingError, match="out of memory at step 1") as raised:
+        run(budgeted)
+    assert "train.token_budget: 200 with train.gradient_accumulation_steps: 2" in str(raised.value)
 
 
 def test_other_runtime_errors_are_not_taken_for_memory(
@@ -550,93 +682,3 @@ def test_bad_selections_are_refused(rows: list[dict[str, Any]], tmp_path: Path) 
     pq.write_table(table, tmp_path / "lacks.parquet")
     with pytest.raises(TrainingError, match="lacks ref_chosen_logps"):
         load_selection([str(tmp_path / "lacks.parquet")], cache)
-
-
-# --- options
-
-
-def arguments(**changes: Any) -> dict[str, Any]:
-    return dpo_arguments(
-        train_config(**changes), output_dir="out", device="cpu", bf16=False, max_length=64
-    )
-
-
-def test_arguments_make_a_dpo_config_that_reads_stored_sums() -> None:
-    config = DPOConfig(**arguments(loss_type="sigmoid,sft", trl={"loss_weights": [1.0, 0.1]}))
-    assert config.precompute_ref_log_probs
-    assert not config.logging_nan_inf_filter
-    assert config.loss_type == ["sigmoid", "sft"]
-    assert config.loss_weights == [1.0, 0.1]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"trl": {"dataloader_num_worker": 2}}, "did you mean dataloader_num_workers"),
-        ({"trl": {"beta": 0.2}}, "train.trl.beta belongs to train.beta"),
-        ({"trl": {"ld_alpha": 0.5}}, "weighted by alpha"),
-        ({"trl": {"sync_ref_model": True}}, "makes the stored sums stale"),
-        ({"trl": {"fsdp": "full_shard"}}, "makes TRL load a reference model"),
-        ({"loss_type": "sigmod"}, "'sigmod' is not a loss .* did you mean sigmoid"),
-        ({"loss_type": "exo_pair"}, "logarithm of train.label_smoothing"),
-        ({"deepspeed": {"fp16": {"enabled": True}}}, "fp16.enabled is true"),
-        ({"deepspeed": {"bf16": {"enabled": True}}}, "computes in float32"),
-    ],
-)
-def test_options_that_cannot_hold_are_refused_with_the_reason(
-    changes: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ConfigError, match=message):
-        arguments(**changes)
-
-
-def test_refused_and_owned_options_are_real_fields_of_dpo_config() -> None:
-    from refscale import training_options
-
-    known = {f.name for f in dataclasses.fields(DPOConfig)} | {"warmup_ratio"}
-    assert set(training_options._REFUSED) | set(training_options._OWNED) <= known
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize(
-    ("preset", "stage", "offloaded"),
-    [
-        ("zero1", 1, set()),
-        ("zero2", 2, set()),
-        ("zero3", 3, set()),
-        ("zero2_offload", 2, {"offload_optimizer"}),
-        ("zero3_offload", 3, {"offload_optimizer", "offload_param"}),
-    ],
-)
-def test_presets(device: Any, preset: str, stage: int, offloaded: set[str]) -> None:
-    config = deepspeed_config(preset, device=device, bf16=True)
-    assert config is not None
-    zero = config["zero_optimization"]
-    assert zero["stage"] == stage
-    assert {key for key in zero if key.startswith("offload_")} == offloaded
-    assert all(zero[key]["pin_memory"] == (device == "cuda") for key in offloaded)
-    assert config["bf16"]["enabled"]
-    assert ("stage3_gather_16bit_weights_on_model_save" in zero) == (stage == 3)
-
-
-def test_presets_and_own_configs() -> None:
-    assert deepspeed_config(None, device="cpu", bf16=False) is None
-    with pytest.raises(ConfigError, match="did you mean zero3"):
-        deepspeed_config("zero4", device="cpu", bf16=False)
-    with pytest.raises(ConfigError, match="zero1_offload"):
-        deepspeed_config("zero1_offload", device="cpu", bf16=False)
-    own = {"zero_optimization": {"stage": 3}, "gradient_clipping": 2.0}
-    config = deepspeed_config(own, device="cpu", bf16=False)
-    assert config is not None
-    assert config["gradient_clipping"] == 2.0
-    assert config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
-    assert own == {"zero_optimization": {"stage": 3}, "gradient_clipping": 2.0}
-
-
-def test_lora_options() -> None:
-    assert peft_config(None) is None
-    assert peft_config({"r": 16}).r == 16
-    with pytest.raises(ConfigError, match=r"train.peft.lora_alfa; did you mean lora_alpha"):
-        peft_config({"lora_alfa": 3})
-    with pytest.raises(ConfigError, match="holds lm_head"):
-        peft_config({"target_modules": ["q_proj", "lm_head"]})

@@ -1,0 +1,103 @@
+"""From the config to DPOConfig, DeepSpeed and LoRA: presets, and refusals with the reason."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+from trl import DPOConfig
+
+from refscale import training_options
+from refscale.config import TrainConfig
+from refscale.errors import ConfigError
+from refscale.training_options import deepspeed_config, dpo_arguments, peft_config
+
+
+def arguments(**changes: Any) -> dict[str, Any]:
+    return dpo_arguments(
+        TrainConfig.model_validate({"deepspeed": None, **changes}).model_dump(),
+        output_dir="out",
+        device="cpu",
+        bf16=False,
+        max_length=64,
+    )
+
+
+def test_arguments_make_a_dpo_config_that_reads_stored_sums() -> None:
+    config = DPOConfig(**arguments(loss_type="sigmoid,sft", trl={"loss_weights": [1.0, 0.1]}))
+    assert config.precompute_ref_log_probs
+    assert not config.logging_nan_inf_filter
+    assert config.loss_type == ["sigmoid", "sft"]
+    assert config.loss_weights == [1.0, 0.1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trl": {"dataloader_num_worker": 2}}, "did you mean dataloader_num_workers"),
+        ({"trl": {"beta": 0.2}}, "train.trl.beta belongs to train.beta"),
+        ({"trl": {"ld_alpha": 0.5}}, "weighted by alpha"),
+        ({"trl": {"sync_ref_model": True}}, "makes the stored sums stale"),
+        ({"trl": {"fsdp": "full_shard"}}, "makes TRL load a reference model"),
+        ({"loss_type": "sigmod"}, "'sigmod' is not a loss .* did you mean sigmoid"),
+        ({"loss_type": "exo_pair"}, "logarithm of train.label_smoothing"),
+        ({"report_to": ["tensorbord"]}, "unknown reporter 'tensorbord'; did you mean tensorboard"),
+        ({"report_to": ["wandb"]}, "wandb is not installed where the workers run"),
+        ({"deepspeed": {"fp16": {"enabled": True}}}, "fp16.enabled is true"),
+        ({"deepspeed": {"bf16": {"enabled": True}}}, "computes in float32"),
+    ],
+)
+def test_options_that_cannot_hold_are_refused_with_the_reason(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        arguments(**changes)
+
+
+def test_refused_and_owned_options_are_real_fields_of_dpo_config() -> None:
+    known = {f.name for f in dataclasses.fields(DPOConfig)} | {"warmup_ratio"}
+    assert set(training_options._REFUSED) | set(training_options._OWNED) <= known
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    ("preset", "stage", "offloaded"),
+    [
+        ("zero1", 1, set()),
+        ("zero2", 2, set()),
+        ("zero3", 3, set()),
+        ("zero2_offload", 2, {"offload_optimizer"}),
+        ("zero3_offload", 3, {"offload_optimizer", "offload_param"}),
+    ],
+)
+def test_presets(device: Any, preset: str, stage: int, offloaded: set[str]) -> None:
+    config = deepspeed_config(preset, device=device, bf16=True)
+    assert config is not None
+    zero = config["zero_optimization"]
+    assert zero["stage"] == stage
+    assert {key for key in zero if key.startswith("offload_")} == offloaded
+    assert all(zero[key]["pin_memory"] == (device == "cuda") for key in offloaded)
+    assert config["bf16"]["enabled"]
+    assert ("stage3_gather_16bit_weights_on_model_save" in zero) == (stage == 3)
+
+
+def test_presets_and_own_configs() -> None:
+    assert deepspeed_config(None, device="cpu", bf16=False) is None
+    with pytest.raises(ConfigError, match="did you mean zero3"):
+        deepspeed_config("zero4", device="cpu", bf16=False)
+    with pytest.raises(ConfigError, match="zero1_offload"):
+        deepspeed_config("zero1_offload", device="cpu", bf16=False)
+    own = {"zero_optimization": {"stage": 3}, "gradient_clipping": 2.0}
+    config = deepspeed_config(own, device="cpu", bf16=False)
+    assert config is not None
+    assert config["gradient_clipping"] == 2.0
+    assert config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
+    assert own == {"zero_optimization": {"stage": 3}, "gradient_clipping": 2.0}
+
+
+def test_lora_options() -> None:
+    assert peft_config(None) is None
+    assert peft_config({"r": 16}).r == 16
+    with pytest.raises(ConfigError, match=r"train.peft.lora_alfa; did you mean lora_alpha"):
+        peft_config({"lora_alfa": 3})
+    with pytest.raises(ConfigError, match="holds lm_head"):
+        peft_config({"target_modules": ["q_proj", "lm_head"]})
