@@ -1,0 +1,190 @@
+"""Does the selection help? The same model trained on all, the clearest, random and the least clear.
+
+    refscale bench compare                                     # the docstring corpus, 3 seeds
+    refscale bench compare --corpora docstrings graded --arms full random:0.5 margin:largest:0.5
+    refscale bench compare --corpora pairs.jsonl --flip 0.2    # a real corpus, labels flipped
+
+Every arm of a corpus shares one scoring pass and one holdout with right labels. A row an arm: the
+holdout's preference accuracy over seeds with its interval, its difference against as many random
+pairs and against all pairs, what it kept and what it cost; and a row a corpus for the audit: how
+well the reference model's doubt finds the wrong training labels. The work folder keeps every run:
+the same command resumes.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import corpora
+from benchmarks.common import BenchmarkError, Row, load_result, markdown_table, write_result
+
+UNITS = {
+    "accuracy": "of held-out pairs",
+    "length_difference": "tokens, chosen minus rejected",
+    "right_labels": "of kept pairs",
+    "train": "s",
+    "train_gpu": "GPU s",
+    "reward_margin": "nats",
+    "chosen_logps": "nats/token",
+}
+COLUMNS = [
+    "corpus",
+    "arm",
+    "pairs",
+    "right_labels",
+    "length_difference",
+    "accuracy",
+    "low",
+    "high",
+    "seed_sd",
+    "against_random",
+    "against_random_low",
+    "against_random_high",
+    "against_full",
+    "reward_margin",
+    "chosen_logps",
+    "train",
+    "auc",
+]
+
+
+def corpus_rows(
+    name: str, arguments: argparse.Namespace
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Training and holdout rows of a made corpus or a file."""
+    sizes = (arguments.train, arguments.holdout)
+    flip = {} if arguments.flip is None else {"flipped": arguments.flip}
+    if name in corpora.MADE:
+        return corpora.MADE[name](*sizes, seed=arguments.corpus_seed, **flip)
+    path = Path(name)
+    if not path.is_file():
+        raise BenchmarkError(
+            f"{name!r} is neither a file nor a made corpus ({', '.join(corpora.MADE)})"
+        )
+    return corpora.from_file(path, *sizes, seed=arguments.corpus_seed, **flip)
+
+
+def write_corpus(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Write a corpus' files and the config that trains on them; facts about it."""
+    from refscale.demo import CONFIG, cached_model
+
+    train, holdout = corpus_rows(name, arguments)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, rows in (("train.jsonl", train), ("holdout.jsonl", holdout)):
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / file).write_text(text, encoding="utf-8")
+    model = arguments.model or str(cached_model())
+    config = yaml.safe_load(CONFIG.format(model=json.dumps(model)))
+    config["corpus"]["max_bad_fraction"] = 1.0  # real corpora hold empty and equal sides
+    flipped = sum(row["label_flipped"] for row in train)
+    # Without a wrong label there is no purity to show.
+    config["evaluate"]["flipped_column"] = "label_flipped" if flipped else None
+    (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    return {"train": len(train), "holdout": len(holdout), "flipped": flipped}
+
+
+def compare_corpus(name: str, arguments: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
+    """The rows of one corpus, and facts about it."""
+    from refscale.audit import audit
+    from refscale.comparison import compare
+    from refscale.config import load_config
+    from refscale.storage import Store
+
+    folder = Path(arguments.work) / (name if name in corpora.MADE else Path(name).stem)
+    facts = write_corpus(name, folder, arguments)
+    config = load_config(str(folder / "config.yaml"), arguments.set)
+    run = folder / "run"
+    result = compare(
+        config, str(run), arguments.arms, seeds=arguments.seeds, parallel=arguments.parallel
+    )
+    rows = [_arm_row(folder.name, arm, result) for arm in result["arms"]]
+    if facts["flipped"]:
+        found = audit(Store(run), flipped_column="label_flipped", split="train")
+        quality = found.quality
+        rows.append({"corpus": folder.name, "arm": "audit", **_audit_row(quality or {})})
+    facts["scoring_s"] = result["scoring_s"]
+    facts["holdout_scored"] = result["num_holdout"]
+    return rows, facts
+
+
+def _arm_row(corpus: str, arm: str, result: dict[str, Any]) -> Row:
+    measures, runs = result["arms"][arm], list(result["runs"][arm].values())
+    accuracy = measures["reward_accuracy"]
+    row: Row = {"corpus": corpus, "arm": arm, "pairs": runs[0]["pairs"]}
+    labels = [run["right_labels"] for run in runs]
+    row["right_labels"] = None if None in labels else sum(labels) / len(labels)
+    row["length_difference"] = sum(run["mean_length_difference"] for run in runs) / len(runs)
+    row.update(accuracy=accuracy["value"], low=accuracy["low"], high=accuracy["high"])
+    row.update(seed_sd=accuracy["seed_sd"], seed_values=accuracy["seeds"])
+    for other in ("against_random", "against_full"):
+        difference = accuracy[other] or {"value": None, "low": None, "high": None}
+        row.update({other: difference["value"]})
+        row.update({f"{other}_{end}": difference[end] for end in ("low", "high")})
+    row["reward_margin"] = measures["reward_margin"]["value"]
+    row["chosen_logps"] = measures["chosen_mean_logps"]["value"]
+    row["train"] = sum(run["train_s"] for run in runs) / len(runs)
+    row["train_gpu"] = sum(run["train_gpu_s"] for run in runs) / len(runs)
+    return row
+
+
+def _audit_row(quality: dict[str, Any]) -> Row:
+    precision = {f"precision_at_{k}": at["value"] for k, at in quality["precision"].items()}
+    return {
+        "pairs": quality["n"],
+        "auc": quality["auc"],
+        "base_rate": quality["base_rate"],
+        **precision,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compare, write the result, print the table."""
+    parser = argparse.ArgumentParser(prog="refscale bench compare", description=__doc__)
+    parser.add_argument("--corpora", nargs="+", default=["docstrings"], help="made, or jsonl files")
+    parser.add_argument("--arms", nargs="+", default=None, help="default: the whole grid")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--train", type=int, default=240, help="training pairs")
+    parser.add_argument("--holdout", type=int, default=60, help="held-out pairs")
+    parser.add_argument("--flip", type=float, default=None, help="share of flipped training labels")
+    parser.add_argument("--corpus-seed", type=int, default=0)
+    parser.add_argument("--model", default=None, help="default: the demo's SmolLM2-135M-Instruct")
+    parser.add_argument("--parallel", type=int, default=None, help="trainings side by side")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    parser.add_argument("--work", default="compare-work", help="folder of the runs")
+    parser.add_argument("--out", default=None, help="result file or folder")
+    arguments = parser.parse_args(argv)
+    rows: list[Row] = []
+    data: dict[str, Any] = {}
+    for name in arguments.corpora:
+        found, data[Path(name).stem] = compare_corpus(name, arguments)
+        rows += found
+    path = write_result(
+        "compare",
+        config=vars(arguments),
+        rows=rows,
+        units=UNITS,
+        columns=COLUMNS,
+        data=data,
+        not_measured=[
+            "win rate and MT-Bench: they need a judge (refscale compare, refscale mtbench)"
+        ],
+        notes=[
+            "intervals of 95 %: bootstrap over held-out pairs and seeds; differences are paired",
+            "train is the mean wall time of a training, its start included",
+        ],
+        out=arguments.out,
+    )
+    print(markdown_table(load_result(path)))
+    print(f"wrote {path}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

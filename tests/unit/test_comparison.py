@@ -1,0 +1,253 @@
+"""The grid, the per-pair outcomes, the statistics and the page of a comparison; no training."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from refscale import schema
+from refscale.arms import FULL, Arm, arm_config, grid, parse_arm
+from refscale.comparison import MEASURES, _matrices, compare, outcomes
+from refscale.comparison_report import lines, render_html, verdicts
+from refscale.comparison_statistics import summarise
+from refscale.config import parse_config
+from refscale.errors import ConfigError, EvaluationError
+
+CONFIG = {
+    "model": {"model_name_or_path": "m"},
+    "corpus": {"sources": [{"path": "a.jsonl"}]},
+    "select": {"strategy": "margin", "count": 7, "per_source": True, "beta": 0.3},
+}
+
+
+# -- the grid --------------------------------------------------------------------------------------
+
+
+def test_the_grid_has_each_combination_and_a_control_of_each_size():
+    arms = grid(["mean_margin", "margin"], ["largest", "smallest"], [0.5, 0.3])
+    assert len(arms) == len(set(arms)) == 1 + 2 + 2 * 2 * 2
+    assert arms[:3] == ["full", "random:0.5", "random:0.3"]
+    assert all(parse_arm(arm).text == arm for arm in arms)
+    controls = {parse_arm(arm).control for arm in arms} - {None}
+    assert controls == {"random:0.5", "random:0.3"}
+
+
+def test_an_arm_is_read_into_a_selection():
+    assert parse_arm("mean_margin:smallest:0.50") == Arm(
+        "mean_margin:smallest:0.5", "mean_margin", "smallest", 0.5
+    )
+    assert parse_arm("random:0.3").control is None and parse_arm(FULL).fraction == 1.0
+    assert parse_arm("margin:largest:0.3").folder == "margin-largest-0.3"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "half", "margin:0.5", "margn:largest:0.5", "margin:band:0.5", "full:0.5"]
+)
+def test_what_is_no_arm_is_an_error_that_says_how_one_looks(text):
+    with pytest.raises(ConfigError, match=r"an arm is full, random:FRACTION or STRATEGY"):
+        parse_arm(text)
+
+
+@pytest.mark.parametrize("fraction", ["0", "1.5", "x", "nan"])
+def test_an_arms_fraction_is_a_share(fraction):
+    with pytest.raises(ConfigError, match=r"must be in \(0, 1\]"):
+        parse_arm(f"margin:largest:{fraction}")
+
+
+def test_an_arms_config_differs_in_selection_and_seed_alone():
+    config = parse_config(CONFIG)
+    arm = arm_config(config, parse_arm("mean_margin:middle:0.3"), seed=5)
+    assert (arm.select.strategy, arm.select.keep, arm.select.fraction) == (
+        "mean_margin",
+        "middle",
+        0.3,
+    )
+    assert arm.select.count is None and arm.select.per_source and arm.select.beta == 0.3
+    assert arm.train.seed == 5 and arm.select.seed == 0
+    assert arm.model_copy(update={"select": config.select, "train": config.train}) == config
+    assert arm_config(config, parse_arm("random:0.3"), seed=5).select.seed == 5
+
+
+def test_nothing_may_be_given_twice_and_a_seed_is_needed(tmp_path):
+    config = parse_config(CONFIG)
+    with pytest.raises(ConfigError, match=r"arm random:0\.5 is given twice"):
+        compare(config, str(tmp_path), ["random:0.5", "random:0.50"])
+    with pytest.raises(ConfigError, match="seed 1 is given twice"):
+        compare(config, str(tmp_path), ["full"], seeds=[1, 1])
+    with pytest.raises(ConfigError, match="at least one seed"):
+        compare(config, str(tmp_path), ["full"], seeds=[])
+
+
+# -- outcomes --------------------------------------------------------------------------------------
+
+
+def evaluation_table(rows):
+    """Rows of (pair number, policy chosen, policy rejected, ref chosen, ref rejected)."""
+    return pa.Table.from_pylist(
+        [
+            {
+                "pair_id": number.to_bytes(16, "big"),
+                "source": "s",
+                "policy_chosen_logps": a,
+                "policy_rejected_logps": b,
+                "ref_chosen_logps": c,
+                "ref_rejected_logps": d,
+                "num_chosen_tokens": 4,
+                "num_rejected_tokens": 2,
+            }
+            for number, a, b, c, d in rows
+        ],
+        schema=schema.EVALUATION,
+    )
+
+
+def test_outcomes_are_the_pairs_rewards_sorted_by_pair():
+    table = outcomes(
+        evaluation_table([(9, -8, -4, -8, -4), (2, -4, -8, -6, -6), (5, -8, -2, -4, -4)]), beta=0.5
+    )
+    assert [int.from_bytes(i, "big") for i in table["pair_id"].to_pylist()] == [2, 5, 9]
+    # Margins against the reference: 4 - 0, -6 - 0, -4 - -4; halved by beta.
+    assert table["reward_margin"].to_pylist() == [2.0, -3.0, 0.0]
+    assert table["reward_accuracy"].to_pylist() == [1.0, 0.0, 0.5]
+    # Nats a token: -1 against -4, -2 against -1, -2 against -2.
+    assert table["ranking_accuracy"].to_pylist() == [1.0, 0.0, 0.5]
+    assert table["chosen_mean_logps"].to_pylist() == [-1.0, -2.0, -2.0]
+
+
+def test_arms_on_different_pairs_cannot_be_compared():
+    one = outcomes(evaluation_table([(1, -1, -2, -1, -1)]), 0.1)
+    other = outcomes(evaluation_table([(2, -1, -2, -1, -1)]), 0.1)
+    with pytest.raises(EvaluationError, match="different pairs"):
+        _matrices({"full": {0: one}, "random:0.5": {0: other}})
+    assert set(_matrices({"full": {0: one}, "random:0.5": {0: one}})) == set(MEASURES)
+
+
+# -- statistics ------------------------------------------------------------------------------------
+
+
+def summary(arms, controls=None):
+    return {
+        arm: measures["m"]
+        for arm, measures in summarise({"m": arms}, controls or {}, full="full").items()
+    }
+
+
+def test_a_paired_difference_is_sharper_than_its_parts():
+    # Pairs differ much from each other, the two arms hardly: the same pairs are hard for both.
+    rng = np.random.default_rng(0)
+    hard = rng.normal(0, 10, size=400)
+    arms = {"full": np.tile(hard, (3, 1)), "top": np.tile(hard + 0.1, (3, 1))}
+    top = summary(arms)["top"]
+    difference = top["against_full"]
+    assert difference["value"] == pytest.approx(0.1)
+    assert difference["high"] - difference["low"] < 1e-6 < top["high"] - top["low"]
+
+
+def test_seeds_that_disagree_widen_the_interval():
+    pairs = np.random.default_rng(0).integers(0, 2, size=300).astype(float)
+    calm = np.stack([pairs, pairs, pairs])
+    wild = np.stack([np.zeros(300), pairs, np.ones(300)])
+    found = summary({"calm": calm, "wild": wild})
+    width = {arm: at["high"] - at["low"] for arm, at in found.items()}
+    # A holdout of 300 at one half: 4 x 0.5 / sqrt(300) = 0.115.
+    assert 0.09 < width["calm"] < 0.14 < 0.5 < width["wild"]
+    assert found["calm"]["seed_sd"] == 0 and found["wild"]["seed_sd"] == pytest.approx(
+        0.5, abs=0.02
+    )
+    assert found["wild"]["seeds"] == [0.0, pairs.mean(), 1.0]
+
+
+def test_an_interval_of_the_difference_covers_the_truth_at_its_rate():
+    # 200 experiments of 60 pairs and 5 seeds whose true difference is 0.1.
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(200):
+        level = rng.normal(0, 0.2, size=(2, 5, 1))
+        noise = rng.normal(0, 1, size=(2, 5, 60)) + rng.normal(0, 1, size=60)
+        arms = {"random:0.5": (level + noise)[0], "top": (level + noise)[1] + 0.1}
+        at = summary(arms, {"top": "random:0.5"})["top"]["against_random"]
+        hits += at["low"] <= 0.1 <= at["high"]
+    # Five seeds make a percentile interval somewhat short: between 85 % and 99 % of 200.
+    assert 170 <= hits <= 198
+
+
+def test_what_was_not_run_has_no_difference():
+    found = summary({"top": np.ones((1, 4))}, {"top": "random:0.5"})["top"]
+    assert found["against_random"] is None and found["against_full"] is None
+    assert found["seed_sd"] is None
+
+
+# -- for people ------------------------------------------------------------------------------------
+
+
+def comparison():
+    rng = np.random.default_rng(0)
+    arms = {"full": 0.75, "random:0.5": 0.7, "margin:largest:0.5": 0.95, "margin:smallest:0.5": 0.2}
+    values = {
+        measure: {arm: (rng.random((3, 200)) < share).astype(float) for arm, share in arms.items()}
+        for measure in MEASURES
+    }
+    controls = {arm: parse_arm(arm).control for arm in arms}
+    run = {
+        "pairs": 100,
+        "mean_length_difference": -1.5,
+        "right_labels": 0.9,
+        "train_s": 10.0,
+        "train_gpu_s": 0.0,
+    }
+    return {
+        "arms": summarise(values, controls, full=FULL),
+        "runs": {arm: {seed: dict(run) for seed in (0, 1, 2)} for arm in arms},
+        "controls": controls,
+        "seeds": [0, 1, 2],
+        "num_holdout": 200,
+        "scoring_s": 3.0,
+        "model": "<script>alert(1)</script>",
+    }
+
+
+def test_verdicts_follow_the_intervals_in_both_directions():
+    said = verdicts(comparison())
+    assert any(s.startswith("margin:largest:0.5 is better than random pairs") for s in said)
+    assert any(s.startswith("margin:smallest:0.5 is worse than all pairs") for s in said)
+    assert not [s for s in said if s.startswith(("full", "random"))]
+    same = comparison()
+    same["arms"]["margin:largest:0.5"] = {
+        **same["arms"]["margin:largest:0.5"],
+        "reward_accuracy": {
+            **same["arms"]["margin:largest:0.5"]["reward_accuracy"],
+            "against_random": {"value": 0.01, "low": -0.02, "high": 0.04},
+        },
+    }
+    assert any("is not told apart from random pairs" in s for s in verdicts(same))
+
+
+def test_the_page_shows_every_arm_and_escapes_what_it_is_given():
+    values = comparison()
+    page = render_html(values)
+    assert "<script>" not in page and "&lt;script&gt;" in page
+    assert page.count("<svg") == len(MEASURES)
+    assert all(page.count(arm) >= len(MEASURES) for arm in values["arms"])
+    assert "90.0 %" in page and "-1.5" in page
+    for runs in values["runs"].values():
+        for run in runs.values():
+            run["right_labels"] = None
+    assert "nan" not in render_html(values)
+
+
+def test_completions_and_win_rate_are_shown_where_they_were_measured():
+    values = comparison()
+    assert "win rate" not in render_html(values) and "tokens," not in " ".join(lines(values))
+    for runs in values["runs"].values():
+        for run in runs.values():
+            run["extra"] = {"mean_tokens": 41.0, "against_reference": {"win_rate": 0.625}}
+    assert "0.625" in render_html(values) and "41.0" in render_html(values)
+    assert "full: completions of 41 tokens, win rate against the reference model 0.625" in lines(
+        values
+    )
+
+
+def test_the_terminal_has_a_line_an_arm():
+    values = comparison()
+    shown = lines(values)
+    for arm in values["arms"]:
+        assert sum(line.startswith(f"{arm} ") for line in shown) >= 1

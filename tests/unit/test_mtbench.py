@@ -1,0 +1,301 @@
+"""Questions and prompts, two-turn answers of a real tiny model, and what a judge makes of them."""
+
+import json
+import re
+from collections import Counter
+from dataclasses import asdict, replace
+
+import pytest
+from judge_server import JudgeServer, Reply
+from support import write_jsonl
+
+from refscale.errors import ConfigError, EvaluationError, ModelError
+from refscale.generation import CompletionStep, Generator, GeneratorSettings
+from refscale.grading import compare, grade
+from refscale.judging import Judge
+from refscale.mtbench import TEMPERATURES, Answerer, answer_items, lengths
+from refscale.questions import Answer, Question, load_judge_prompts, load_questions
+from refscale.storage import Store
+
+CATEGORIES = "writing roleplay reasoning math coding extraction stem humanities".split()
+
+
+# -- the package's own set -------------------------------------------------------------------------
+
+
+def test_own_questions_cover_the_eight_categories_with_references_where_the_judge_needs_them():
+    questions = load_questions()
+    assert Counter(question.category for question in questions) == dict.fromkeys(CATEGORIES, 2)
+    assert all(len(question.turns) == 2 for question in questions)
+    referenced = {question.category for question in questions if question.reference}
+    assert {"math", "reasoning", "coding"} <= referenced
+    assert TEMPERATURES.keys() == set(CATEGORIES)
+
+
+def test_own_prompts_serve_every_question_and_turn(tmp_path):
+    questions = load_questions()
+    answers = [
+        answer(question, f"first {i}", f"second {i}") for i, question in enumerate(questions)
+    ]
+    with JudgeServer(lambda number, request: "[[5]]") as server:
+        grading = grade(judge(server, tmp_path), questions, answers, load_judge_prompts())
+        assert [row["score"] for row in grading.rows] == [5.0] * 32
+        shown = [request["messages"][1]["content"] for request in server.requests]
+    with JudgeServer(lambda number, request: "[[C]]") as server:
+        pairs = compare(judge(server, tmp_path), questions, answers, answers, load_judge_prompts())
+        assert pairs.scores["overall"]["ties"] == 32
+        shown += [request["messages"][1]["content"] for request in server.requests]
+    assert not [text for text in shown if re.search(r"\{\w+\}", text)]
+    math = next(question for question in questions if question.category == "math")
+    assert sum(math.reference[0] in text for text in shown) >= 2
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def test_files_in_fastchats_format_are_read_and_references_replace(tmp_path):
+    own = {"question_id": 81, "category": "math", "turns": ["1+1?", "+1?"], "reference": ["2", "3"]}
+    other = {"question_id": 82, "category": "writing", "turns": ["a", "b\u2028c"]}
+    path = write_jsonl(tmp_path / "q.jsonl", [own, other])
+    choices = [{"index": 0, "turns": ["two", "three"]}]
+    given = write_jsonl(tmp_path / "r.jsonl", [{"question_id": 81, "choices": choices}])
+    plain = load_questions(str(path))
+    assert plain[0] == Question(81, "math", ("1+1?", "+1?"), ("2", "3"))
+    assert plain[1].reference is None and plain[1].turns[1] == "b\u2028c"
+    assert load_questions(str(path), str(given))[0].reference == ("two", "three")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"question_id": 1, "category": "math"}', "q.jsonl:1 is no question"),
+        ('{"question_id": 1, "category": "math", "turns": "ab"}', "q.jsonl:1 is no question"),
+        ('{"question_id": 1, "category": "math", "turns": ["a"]}', "2 texts each"),
+        ('{"question_id": 1, "category"', "q.jsonl:1 is not JSON"),
+        ("7", "q.jsonl:1 is no question"),
+        ("", "holds no question"),
+        ("\n".join(['{"question_id": 1, "category": "m", "turns": ["a", "b"]}'] * 2), "1 twice"),
+    ],
+)
+def test_a_defect_of_a_question_file_is_named_by_line(tmp_path, line, said):
+    path = tmp_path / "q.jsonl"
+    path.write_text(line)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load_questions(str(path))
+
+
+def test_a_judge_prompt_that_asks_for_more_than_we_have_is_an_error(tmp_path):
+    prompts = dict(load_judge_prompts())
+    prompts["single-v1"] = replace(prompts["single-v1"], prompt_template="{question} {context}")
+    question = Question(1, "writing", ("a", "b"))
+    with JudgeServer(lambda number, request: "[[5]]") as server:
+        asking = judge(server, tmp_path)
+        with pytest.raises(ConfigError, match=r"asks for 'context'.*\{answer\}, \{question\}"):
+            grade(asking, [question], [answer(question, "x", "y")], prompts)
+        with pytest.raises(ConfigError, match="have no single-v1-multi-turn; they have single-v1"):
+            grade(
+                asking,
+                [question],
+                [answer(question, "x", "y")],
+                {"single-v1": load_judge_prompts()["single-v1"]},
+            )
+        assert not server.requests
+
+
+# -- grading ---------------------------------------------------------------------------------------
+
+
+def judge(server, folder):
+    return Judge(server.config(), Store(folder))
+
+
+def answer(question, *turns):
+    return Answer(question.question_id, turns, (3, 5)[: len(turns)], (False, True)[: len(turns)])
+
+
+def small_set():
+    names = ["math", "coding", "reasoning", "writing"]
+    return [Question(i, name, (f"q{i}", f"r{i}")) for i, name in enumerate(names)]
+
+
+def test_scores_are_means_by_category_and_technical_is_coding_math_reasoning(tmp_path):
+    def script(number, request):
+        # Rates by the number in the answer under judgement, the last one of the prompt.
+        text = request["messages"][1]["content"]
+        worth = re.findall(r"worth (\d+)", text)[-1]
+        return f"[[{worth}]]"
+
+    questions = small_set()
+    worth = {0: (2, 4), 1: (6, 8), 2: (1, 3), 3: (10, 10)}
+    answers = [answer(q, *(f"worth {n}" for n in worth[q.question_id])) for q in questions]
+    with JudgeServer(script) as server:
+        scores = grade(judge(server, tmp_path), questions, answers, load_judge_prompts()).scores
+    assert {name: s["score"] for name, s in scores["categories"].items()} == {
+        "math": 3,
+        "coding": 7,
+        "reasoning": 2,
+        "writing": 10,
+    }
+    assert scores["technical"]["score"] == 4  # (2 + 4 + 6 + 8 + 1 + 3) / 6
+    assert scores["overall"]["score"] == 5.5  # 44 / 8
+    assert scores["turns"]["1"]["score"] == 4.75 and scores["turns"]["2"]["score"] == 6.25
+    assert scores["overall"]["low"] < 5.5 < scores["overall"]["high"]
+    # One question: nothing to resample.
+    assert scores["categories"]["math"]["low"] == scores["categories"]["math"]["high"] == 3
+
+
+def test_nonsense_and_failures_are_counted_and_shown_and_leave_the_mean_alone(tmp_path):
+    def script(number, request):
+        text = request["messages"][1]["content"]
+        if "q0" in text:
+            return "As a judge, I like turtles."
+        return Reply(status=500) if "q1" in text else "[[6]]"
+
+    questions = small_set()
+    answers = [answer(question, "x", "y") for question in questions]
+    with JudgeServer(script) as server:
+        asking = Judge(server.config(max_attempts=2), Store(tmp_path))
+        grading = grade(asking, questions, answers, load_judge_prompts())
+    overall = grading.scores["overall"]
+    # Both turns of q0 are nonsense, both of q1 fail (the second turn's prompt shows the first).
+    assert (overall["n"], overall["unparsable"], overall["failed"]) == (4, 2, 2)
+    assert overall["score"] == 6
+    assert len(grading.rows) == 8
+    assert [row["judgment"] for row in grading.rows[:2]] == ["As a judge, I like turtles."] * 2
+    assert "HTTP 500" in grading.rows[2]["error"] and grading.rows[2]["judgment"] is None
+    assert grading.scores["categories"]["math"]["score"] is None
+    json.dumps(grading.scores, allow_nan=False)
+
+
+def test_a_judge_that_always_prefers_the_first_is_inconsistent_and_decides_nothing(tmp_path):
+    questions = small_set()
+    ours = [answer(question, "ours", "ours") for question in questions]
+    theirs = [answer(question, "theirs", "theirs") for question in questions]
+    with JudgeServer(lambda number, request: "[[A]]") as server:
+        scores = compare(
+            judge(server, tmp_path), questions, ours, theirs, load_judge_prompts()
+        ).scores
+        assert len(server.requests) == 16  # 4 questions x 2 turns x 2 orders
+    assert scores["overall"]["win_rate"] == 0.5
+    assert (scores["overall"]["ties"], scores["overall"]["inconsistent"]) == (8, 8)
+
+
+def test_wins_need_both_orders_and_ours_may_stand_on_either_side(tmp_path):
+    def script(number, request):
+        # Prefers whichever side says "good"; in writing it talks nonsense.
+        text = request["messages"][1]["content"]
+        if "q3" in text:
+            return "both are lovely"
+        return "[[A]]" if text.rindex("good") < text.rindex("poor") else "[[B]]"
+
+    questions = small_set()
+    ours = [answer(q, *(["good"] * 2 if q.question_id else ["poor"] * 2)) for q in questions]
+    theirs = [answer(q, *(["poor"] * 2 if q.question_id else ["good"] * 2)) for q in questions]
+    with JudgeServer(script) as server:
+        grading = compare(judge(server, tmp_path), questions, ours, theirs, load_judge_prompts())
+    scores = grading.scores
+    overall = scores["overall"]
+    assert (overall["wins"], overall["losses"], overall["ties"]) == (4, 2, 0)
+    assert overall["unparsable"] == 2 and overall["win_rate"] == pytest.approx(4 / 6)
+    assert scores["categories"]["math"]["win_rate"] == 0
+    assert grading.rows[-1]["judgment"] == grading.rows[-1]["judgment_swapped"] == "both are lovely"
+
+
+def test_a_question_without_an_answer_is_an_error(tmp_path):
+    with JudgeServer(lambda number, request: "[[5]]") as server:
+        with pytest.raises(EvaluationError, match="1 of 4 questions have no answer, such as 3"):
+            questions = small_set()
+            given = [answer(question, "x", "y") for question in questions[:3]]
+            grade(judge(server, tmp_path), questions, given, load_judge_prompts())
+
+
+# -- answers ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_model):
+    return GeneratorSettings(str(tiny_model), dtype="float32", max_new_tokens=12, num_threads=1)
+
+
+@pytest.fixture(scope="module")
+def generator(settings):
+    return Generator(settings)
+
+
+def users(*texts):
+    return [[{"role": "user", "content": text}] for text in texts]
+
+
+def test_greedy_answers_do_not_depend_on_their_batch(generator):
+    conversations = users("hi", "a much longer question than the other one", "why?")
+    together = generator.reply(conversations, temperature=0, seed=0)
+    alone = [generator.reply([one], temperature=0, seed=9)[0] for one in conversations]
+    assert together == alone
+    assert all(0 < reply.num_tokens <= 12 for reply in together)
+
+
+def test_sampled_answers_are_the_seeds(generator):
+    conversations = users("hi", "ho")
+    first, again, other = (
+        generator.reply(conversations, temperature=0.7, seed=seed) for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+def test_an_answer_ends_at_the_end_of_sequence_and_says_whether_it_was_cut(generator):
+    stop = generator._tokenizer.eos_token_id
+    letters = generator._tokenizer("ab", add_special_tokens=False)["input_ids"]
+    ended = generator._completion([*letters, stop, *letters])
+    assert (ended.text, ended.num_tokens, ended.cut) == ("ab", 2, False)
+    assert generator._completion(letters).cut
+
+
+def test_a_conversation_longer_than_the_context_is_an_error(generator):
+    with pytest.raises(EvaluationError, match="fills the model's context of 2048"):
+        generator.reply(users("x" * 2048), temperature=0, seed=0)
+
+
+def test_a_model_without_chat_template_is_an_error(tiny_model, tmp_path):
+    import shutil
+
+    shutil.copytree(tiny_model, tmp_path / "m")
+    (tmp_path / "m" / "chat_template.jinja").unlink()
+    with pytest.raises(ModelError, match="has no chat template"):
+        Generator(GeneratorSettings(str(tmp_path / "m"))).reply(users("x"), temperature=0, seed=0)
+
+
+def test_batches_have_one_temperature_and_hold_every_question_once():
+    questions = load_questions()
+    items = answer_items(questions, batch_size=3)
+    found = [(q["question_id"], item["temperature"]) for item in items
+             for q in json.loads(item["questions"])]  # fmt: skip
+    assert sorted(found) == [(q.question_id, TEMPERATURES[q.category]) for q in questions]
+    assert len({item["unit"] for item in items}) == len(items)
+    assert max(len(json.loads(item["questions"])) for item in items) == 3
+
+
+def test_the_second_turn_sees_the_first_answer(settings, generator):
+    question = Question(7, "math", ("one plus one?", "and one more?"))
+    (item,) = answer_items([question], 4)
+    (given,) = json.loads(Answerer(settings)(item)["answers"])
+    first = generator.reply(users("one plus one?"), temperature=0, seed=0)[0].text
+    history = [
+        {"role": "user", "content": "one plus one?"},
+        {"role": "assistant", "content": first},
+        {"role": "user", "content": "and one more?"},
+    ]
+    second = generator.reply([history], temperature=0, seed=0)[0].text
+    assert given["turns"] == [first, second]
+
+
+def test_completion_step_completes_token_ids_as_they_are(settings, generator):
+    prompts = [generator._tokenizer(text)["input_ids"] for text in ("once upon", "a")]
+    item = {"unit": "u", "prompts": json.dumps(prompts), "temperature": 0.0}
+    found = json.loads(CompletionStep(settings)(item)["completions"])
+    alone = [generator.complete([prompt], temperature=0, seed=3)[0] for prompt in prompts]
+    assert found == [asdict(completion) for completion in alone]
+
+
+def test_lengths_count_tokens_and_cut_turns():
+    question = Question(1, "math", ("a", "b"))
+    assert lengths([answer(question, "x", "y")] * 2) == {"mean_tokens": 4.0, "cut_share": 0.5}
