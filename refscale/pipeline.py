@@ -154,8 +154,8 @@ def prepare(run: Run) -> dict[str, Any]:
         for i, name in enumerate(fragments.names(len(plan.units)))
         if name not in finished
     ]
-    with StageProgress("prepare", None, "rows") as progress:
-        progress.advance(sum(record.counts["counts"]["read"] for record in records))
+    read_before = sum(record.counts["counts"]["read"] for record in records)
+    with StageProgress("prepare", None, "rows", done=read_before) as progress:
         read = Step(fragments.read_unit(plan, parts, refused), num_cpus=step_cpus)
         for record in _records(run_graph(todo, [read])):
             records.append(record)
@@ -276,8 +276,8 @@ def _score_shards(
         ),
         Step(publish, num_cpus=cpus),
     ]
-    with StageProgress(label, sum(shards.values()), "pairs") as progress:
-        progress.advance(sum(record.counts["pairs"] for record in records))
+    scored_before = sum(record.counts["pairs"] for record in records)
+    with StageProgress(label, sum(shards.values()), "pairs", done=scored_before) as progress:
         for record in _records(
             run_graph(todo, steps, stalled_after_s=config.score.stalled_after_s)
         ):
@@ -339,8 +339,8 @@ def select(run: Run) -> dict[str, Any]:
     finished = folder.finished_shards()
     records = [record for name, record in finished.items() if name in names]
     todo = [{"shard": name} for name in names if name not in finished]
-    with StageProgress("select", len(names), "shards") as progress:
-        progress.advance(len(records))
+    _ = run.cluster
+    with StageProgress("select", len(names), "shards", done=len(records)) as progress:
         for record in _records(run_graph(todo, [keep])):
             records.append(record)
             progress.advance(1)

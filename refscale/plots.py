@@ -207,7 +207,7 @@ def _ticks(low: float, high: float, about: int) -> list[float]:
     """Round numbers in [low, high], about that many."""
     raw = (high - low) / about
     magnitude = 10.0 ** math.floor(math.log10(raw))
-    step = magnitude * next(m for m in (1, 2, 5, 10) if m * magnitude >= raw * 0.999)
+    step = min((m * magnitude for m in (1, 2, 5, 10)), key=lambda m: abs((high - low) / m - about))
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [i * step for i in range(first, last + 1)]

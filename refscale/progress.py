@@ -30,11 +30,13 @@ class StageProgress:
         stage: Name shown first.
         total: Units of work, or None where it is not known.
         unit: What is counted, for example "pairs".
+        done: Units that an earlier run of the stage has done; not part of the rate.
     """
 
-    def __init__(self, stage: str, total: int | None, unit: str) -> None:
+    def __init__(self, stage: str, total: int | None, unit: str, *, done: int = 0) -> None:
         self._stage, self._total, self._unit = stage, total, unit
-        self._done, self._started, self._printed = 0, time.monotonic(), 0.0
+        self._before = self._done = done
+        self._started, self._printed = time.monotonic(), 0.0
         self._live: Progress | None = None
         if console.is_terminal:
             self._live = Progress(
@@ -60,14 +62,14 @@ class StageProgress:
         """`count` more units are done; `extra` is appended to the line."""
         self._done += count
         now = time.monotonic()
-        rate = self._done / max(now - self._started, 1e-9)
+        rate = (self._done - self._before) / max(now - self._started, 1e-9)
         line = f"{self._done:,}"
         if self._total:
             line += f" of {self._total:,}"
         line += f" {self._unit}, {rate:,.1f}/s"
         if extra:
             line += f", {extra}"
-        if self._total and 0 < self._done < self._total:
+        if self._total and rate and self._done < self._total:
             line += f", {_duration((self._total - self._done) / rate)} left"
         if self._live:
             self._live.update(self._task, completed=self._done, line=line)

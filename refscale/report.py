@@ -63,6 +63,7 @@ def _environment() -> jinja2.Environment:
         count=count,
         percent=percent,
         figure=figure,
+        significant=significant,
         signed=signed,
         si=si,
         estimate=estimate,
@@ -99,6 +100,15 @@ def percent(value: Any) -> Markup:
 def figure(value: Any, digits: int = 3) -> Markup:
     """A number with that many digits after the point."""
     return _ABSENT if value is None else _data(value, f"{value:,.{digits}f}")
+
+
+def significant(value: Any) -> Markup:
+    """A number of any size with four significant digits; a whole one with all of its digits."""
+    if value is None:
+        return _ABSENT
+    if float(value).is_integer():
+        return _data(value, f"{value:,.0f}")
+    return _data(value, f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}")
 
 
 def signed(value: Any, digits: int = 3) -> Markup:
