@@ -1,0 +1,364 @@
+"""How fast are pairs scored, and how exactly? The engine against its peers, on the same ids.
+
+    refscale bench scoring --model smollm2-shape --dtype float32,bfloat16 --pairs 48 --repeats 5
+    refscale bench scoring --model FOLDER --jsonl pairs.jsonl
+    refscale bench scoring --model llama-3.1-8b-shape --corpora ultrafeedback-like --pairs 512
+
+All scorers of a corpus and dtype run in one process, warm, one after the other in each repeat, with
+the bare matrix products of the model's shape among them: so the share of that ceiling is one of the
+same minutes. The operations counted are those that the packed path needs, whoever spends more.
+"""
+
+import argparse
+import gc
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scoring_baselines as baselines
+import scoring_corpora as corpora
+import scoring_models as models
+import torch
+from common import (
+    BenchmarkError,
+    Row,
+    interleaved,
+    load_result,
+    markdown_table,
+    spread,
+    write_result,
+)
+from scoring_accuracy import accuracy
+
+from refscale.devices import choose_dtype, keep_freed_memory
+from refscale.encoded_pairs import EncodedPairs
+from refscale.packing import plan_packs
+from refscale.progress import say
+
+UNITS = {
+    "pairs_per_s": "pairs/s",
+    "tokens_per_s": "useful tokens/s",
+    "times_trl": "ratio",
+    "gflops_per_s": "GFLOP/s",
+    "ceiling_share": "ratio",
+    "mfu": "ratio",
+    "peak_memory_gib": "GiB",
+    "largest_error_nats": "nats",
+    "of_bare_process": "ratio",
+    "replica_waits": "ratio",
+}
+TITLES = {
+    "pairs_per_s": "pairs/s",
+    "tokens_per_s": "useful tokens/s",
+    "times_trl": "x TRL",
+    "gflops_per_s": "GFLOP/s",
+    "ceiling_share": "share of products",
+    "mfu": "MFU",
+    "peak_memory_gib": "peak memory, GiB",
+    "largest_error_nats": "largest error, nats",
+    "spearman": "Spearman",
+    "top_half_overlap": "top-half overlap",
+    "of_bare_process": "of a bare process",
+    "replica_waits": "replica waits",
+}
+_CEILING = "matrix products"
+
+
+# What a peer may do with a model that it does not take: a row of the result, not its end.
+_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, ImportError, OSError)
+
+
+def _reason(name: str, exc: Exception) -> str:
+    reason = f"{type(exc).__name__}: {(str(exc).splitlines() or [''])[0][:120]}"
+    say(f"{name} failed: {reason}")
+    return reason
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="refscale bench scoring", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "--model",
+        default="smollm2-shape",
+        help=f"a model folder, or random weights: {', '.join(models.NAMES)}",
+    )
+    parser.add_argument("--dtype", default="auto", help="auto, or a list such as float32,bfloat16")
+    parser.add_argument(
+        "--corpora",
+        default=None,
+        help=f"made ones: {', '.join(corpora.NAMES)} (default: the first two and k4)",
+    )
+    parser.add_argument("--jsonl", type=Path, action="append", default=[], help="text pairs")
+    parser.add_argument("--pairs", type=int, default=48, help="of each corpus")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--scorers", default=None, help="only those whose name holds one of these")
+    parser.add_argument("--token-budget", type=int, default=None, help="of our forward passes")
+    parser.add_argument("--oracle-pairs", type=int, default=48, help="compared with the oracle")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--threads", type=int, default=None, help="of torch; default: all cores")
+    parser.add_argument("--through-ray", action="store_true", help="one replica against a process")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=None, help="a .json file or a folder")
+    arguments = parser.parse_args(argv)
+    if arguments.pairs < 2 or arguments.repeats < 1:
+        raise BenchmarkError("--pairs must be at least 2 and --repeats at least 1")
+    if arguments.device == "auto":
+        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.corpora is None:
+        arguments.corpora = "" if arguments.jsonl else "hh-like,pandalm-like,k4"
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run, write the JSON result, print its table; the exit code."""
+    arguments = parse(argv)
+    device = torch.device(arguments.device)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    if device.type == "cpu":
+        keep_freed_memory()
+    tokenizer = models.tokenizer_of(arguments.model)
+    config = models.build(arguments.model, torch.float32, torch.device("meta")).config
+    vocab = config.get_text_config().vocab_size
+    data = {
+        name: corpora.make(name, arguments.pairs, vocab, arguments.seed)
+        for name in filter(None, arguments.corpora.split(","))
+    }
+    for path in arguments.jsonl:
+        data[path.stem] = corpora.read_jsonl(path, arguments.pairs, tokenizer)
+    rows: list[Row] = []
+    missing: dict[str, None] = {}
+    for dtype in _dtypes(arguments.dtype, device):
+        truths = {name: _truth(arguments, device, pairs) for name, pairs in data.items()}
+        model = models.build(arguments.model, dtype, device, arguments.seed)
+        for name, pairs in data.items():
+            say(f"{name}, {dtype}: {len(pairs)} pairs")
+            rows += _corpus_rows(arguments, model, tokenizer, name, pairs, truths[name], missing)
+        del model
+        gc.collect()
+    if arguments.through_ray:
+        from scoring_through_ray import ray_rows
+
+        for dtype in _dtypes(arguments.dtype, device):
+            for name, pairs in data.items():
+                rows += ray_rows(arguments, dtype, name, pairs)
+    else:
+        missing["the same through Ray (--through-ray)"] = None
+    path = write_result(
+        "scoring",
+        config={**vars(arguments), "num_threads": torch.get_num_threads()},
+        rows=rows,
+        units=UNITS,
+        titles=TITLES,
+        columns=_columns(rows),
+        data={name: corpora.describe(pairs) for name, pairs in data.items()},
+        not_measured=list(missing),
+        notes=_notes(arguments),
+        out=arguments.out,
+    )
+    print(markdown_table(load_result(path)))
+    say(f"wrote {path}")
+    return 0
+
+
+def _dtypes(asked: str, device: torch.device) -> list[torch.dtype]:
+    return [choose_dtype(name, device)[0] for name in asked.split(",")]
+
+
+def _columns(rows: list[Row]) -> list[str]:
+    names = ["corpus", "dtype", "scorer", *TITLES, "failed"]
+    return [name for name in names if any(row.get(name) is not None for row in rows)]
+
+
+def _notes(arguments: argparse.Namespace) -> list[str]:
+    notes = [
+        f"Model {arguments.model}; {arguments.pairs} pairs a corpus, {arguments.repeats} repeats"
+        " after one warm-up, the scorers in turn.",
+        "Useful tokens: each prompt once, each distinct completion once. Shares count the"
+        " operations of the packed path for every scorer.",
+        "Errors are of sums, against one sequence at a time through the model in fp32 (fp64 below"
+        " 50 million parameters), on the unrounded weights.",
+        "Peak memory is what a scorer needs beyond the model, in its warm-up run.",
+    ]
+    if arguments.device == "cpu":
+        notes.append(
+            "All scorers of this process run with memory that is freed kept in the process, which"
+            " is refscale's setting and helps the others too."
+        )
+    return notes
+
+
+def _truth(arguments: argparse.Namespace, device: torch.device, pairs: EncodedPairs) -> Any:
+    """The oracle's sums of the first pairs; its model is gone afterwards."""
+    some = pairs.take(range(min(arguments.oracle_pairs, len(pairs))))
+    model = models.build(arguments.model, torch.float32, device, arguments.seed)
+    if sum(p.numel() for p in model.parameters()) < 50e6:
+        model = model.double()
+    found = baselines.oracle(model, some)
+    del model
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return found
+
+
+def _corpus_rows(
+    arguments: argparse.Namespace,
+    model: Any,
+    tokenizer: Any,
+    corpus: str,
+    pairs: EncodedPairs,
+    truth: baselines.Columns,
+    missing: dict[str, None],
+) -> list[Row]:
+    """One row a scorer."""
+    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    with ExitStack() as stack:
+        failed: dict[str, str] = {}
+        scorers, order = _scorers(arguments, model, tokenizer, pairs, stack, missing, failed)
+        columns: dict[str, baselines.Columns] = {}
+        memory: dict[str, float] = {}
+        for name, scorer in scorers.items():
+            try:
+                with models.PeakMemory(device) as peak:
+                    columns[name] = scorer(pairs)
+                assert peak.bytes is not None, "the block has ended"
+                memory[name] = peak.bytes / 2**30
+            except (
+                RuntimeError,
+                ValueError,
+                TypeError,
+                AttributeError,
+                NotImplementedError,
+            ) as exc:
+                failed[name] = f"{type(exc).__name__}: {str(exc).splitlines()[0][:120]}"
+                say(f"{name} failed: {failed[name]}")
+        gemm = models.products_of(model, dtype, device)
+        seconds = interleaved(
+            {
+                _CEILING: gemm,
+                **{name: _waiting(scorers[name], pairs, device) for name in columns},
+            },
+            repeats=arguments.repeats,
+            warmups=0,
+            on_run=lambda name, took: say(f"  {took:8.2f} s  {name}"),
+        )
+    needed = _needed(model, pairs, arguments.token_budget)
+    rate = gemm.flops / np.array(seconds[_CEILING])
+    peak_rate = models.peak_flops_per_s(device)
+    label = str(dtype).removeprefix("torch.")
+    rows: list[Row] = [
+        {
+            "corpus": corpus,
+            "dtype": label,
+            "scorer": _CEILING,
+            "gflops_per_s": spread(rate / 1e9),
+            "mfu": spread(rate / peak_rate) if peak_rate else None,
+        }
+    ]
+    for name in [*failed, *columns]:
+        row: Row = {"corpus": corpus, "dtype": label, "scorer": name}
+        if name in failed:
+            rows.append({**row, "failed": failed[name]})
+            continue
+        took = np.array(seconds[name])
+        speed = needed["flops"] / took
+        row |= {
+            "pairs_per_s": spread(len(pairs) / took),
+            "tokens_per_s": spread(needed["useful_tokens"] / took),
+            "ceiling_share": spread(speed / rate),
+            "gflops_per_s": spread(speed / 1e9),
+            "mfu": spread(speed / peak_rate) if peak_rate else None,
+            "peak_memory_gib": memory[name],
+            **accuracy(columns[name], truth, order.get(name)),
+        }
+        if baselines.TRL in seconds:
+            row["times_trl"] = spread(np.array(seconds[baselines.TRL]) / took)
+        rows.append(row)
+    return rows
+
+
+def _scorers(
+    arguments: argparse.Namespace,
+    model: Any,
+    tokenizer: Any,
+    pairs: EncodedPairs,
+    stack: ExitStack,
+    missing: dict[str, None],
+    failed: dict[str, str],
+) -> tuple[dict[str, baselines.Scorer], dict[str, np.ndarray]]:
+    """The scorers by name, and for those that answer in another order, which."""
+    wanted = arguments.scorers.split(",") if arguments.scorers else None
+    scorers: dict[str, baselines.Scorer] = {}
+    order: dict[str, np.ndarray] = {}
+    tokenizer = tokenizer or models.stand_in_tokenizer(model)
+    on_cpu = arguments.device == "cpu"
+
+    def add(name: str, make: Callable[[], baselines.Scorer]) -> None:
+        if wanted is not None and not any(part in name for part in wanted):
+            return
+        try:
+            scorers[name] = make()
+        except _FAILURES as exc:
+            failed[name] = _reason(name, exc)
+
+    def optional(name: str, module: str, make: Callable[[], baselines.Scorer]) -> None:
+        if baselines.installed(module):
+            add(name, make)
+        else:
+            missing[f"{name}: {module} is not installed"] = None
+
+    # TRL puts its fused head on the model, which changes nothing for the others.
+    add(baselines.TRL, lambda: stack.enter_context(baselines.trl_precompute(model, tokenizer)))
+    add(baselines.HF, lambda: baselines.hf_padded(model))
+    add(baselines.HF_SORTED, lambda: baselines.hf_sorted(model))
+    for name, kind in ((baselines.CT2, "float32"), (baselines.CT2_INT8, "int8")):
+        if not on_cpu or model.dtype != torch.float32:
+            # On CPUs it has float32 and int8; measured in the float32 run.
+            continue
+
+        def make(kind: str = kind) -> baselines.Scorer:
+            return stack.enter_context(baselines.ctranslate2(model, tokenizer, kind))
+
+        optional(name, "ctranslate2", make)
+    optional(baselines.LM_EVAL, "lm_eval", lambda: baselines.lm_eval(model, tokenizer))
+    packed, score = baselines.ours(model, "packed", arguments.token_budget)
+    add(baselines.PADDED, lambda: baselines.ours(model, "padded", arguments.token_budget)[1])
+    parts = corpora.one_pair_a_prompt(pairs)
+    if len(parts) > 1:
+        add(baselines.PAIR_BY_PAIR, lambda: baselines.pair_by_pair(packed, parts))
+        order[baselines.PAIR_BY_PAIR] = corpora.order_of_parts(pairs)
+    add(baselines.PACKED, lambda: score)
+    if not scorers:
+        raise BenchmarkError(f"--scorers {arguments.scorers} names none of the scorers")
+    return scorers, order
+
+
+def _waiting(
+    scorer: baselines.Scorer, pairs: EncodedPairs, device: torch.device
+) -> Callable[[], None]:
+    def run() -> None:
+        scorer(pairs)
+        models.wait(device)
+
+    return run
+
+
+def _needed(model: Any, pairs: EncodedPairs, token_budget: int | None) -> dict[str, float]:
+    """Operations and useful tokens of the packed path."""
+    from refscale.flops import Flops
+
+    flops = Flops.of(model)
+    plan = plan_packs(
+        pairs.prompt_ids, pairs.chosen_ids, pairs.rejected_ids, token_budget or 1 << 20
+    )
+    return {
+        "useful_tokens": plan.useful_tokens,
+        "flops": sum(flops.total(p.num_tokens, len(p.rows), p.context) for p in plan.iter_packs()),
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

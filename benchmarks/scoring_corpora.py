@@ -1,0 +1,127 @@
+"""Corpora for the scoring benchmark: random ids with the lengths of real ones, or a jsonl file.
+
+Lengths are log-normal with the parameters measured on the real corpora (SmolLM2's tokenizer), cut
+at 1,024 tokens per sequence as training does:
+
+    hh-like             medians 81, 27 and 33 tokens of prompt, chosen and rejected: much to share
+    pandalm-like        medians 38, 36 and 20: little to share
+    ultrafeedback-like  medians 120, 290 and 290 (prefix to completion 0.42, arXiv 2410.20305)
+    k4                  prompts of 81 tokens with 4 completions of 55, and all 6 pairs of them
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import BenchmarkError
+
+from refscale.encoded_pairs import EncodedPairs
+
+MAX_LENGTH = 1024
+# Log-means and log-deviations of prompt, chosen, rejected tokens.
+_LENGTHS: dict[str, tuple[tuple[float, float], ...]] = {
+    "hh-like": ((4.40, 0.98), (3.30, 0.93), (3.49, 0.97)),
+    "pandalm-like": ((3.64, 0.90), (3.59, 1.18), (3.02, 1.43)),
+    "ultrafeedback-like": ((4.79, 0.90), (5.67, 0.70), (5.67, 0.70)),
+    "k4": ((4.40, 0.80), (4.00, 0.70), (4.00, 0.70)),
+}
+NAMES = tuple(_LENGTHS)
+
+
+def make(name: str, num_pairs: int, vocab_size: int, seed: int = 0) -> EncodedPairs:
+    """Pairs of random ids; for k4 a multiple of six.
+
+    Raises:
+        BenchmarkError: The name is unknown.
+    """
+    if name not in _LENGTHS:
+        raise BenchmarkError(f"unknown corpus {name!r}; known: {', '.join(NAMES)}")
+    rng = np.random.default_rng(seed)
+    prompt, chosen, rejected = _LENGTHS[name]
+
+    def ids(lengths: tuple[float, float], limit: int) -> np.ndarray:
+        count = int(np.clip(np.exp(rng.normal(*lengths)).round(), 1, limit))
+        return rng.integers(0, vocab_size, count).astype(np.int32)
+
+    rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    while len(rows) < num_pairs:
+        start = ids(prompt, MAX_LENGTH // 2)
+        rest = MAX_LENGTH - len(start)
+        if name == "k4":
+            some = [ids(chosen, rest) for _ in range(4)]
+            rows += [(start, some[i], some[j]) for i in range(4) for j in range(i)]
+        else:
+            rows.append((start, ids(chosen, rest), ids(rejected, rest)))
+    return EncodedPairs(*map(list, zip(*rows, strict=True)))
+
+
+def read_jsonl(path: Path, num_pairs: int, tokenizer: Any) -> EncodedPairs:
+    """The first pairs of a file of prompt, chosen and rejected strings, cut to 1,024 tokens.
+
+    Raises:
+        BenchmarkError: There is no tokenizer or no pair.
+    """
+    if tokenizer is None:
+        raise BenchmarkError(f"{path.name} is text, which needs a model folder with a tokenizer")
+
+    def ids(text: str) -> np.ndarray:
+        return np.array(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
+
+    rows = []
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            prompt, chosen, rejected = (ids(row[name]) for name in ("prompt", "chosen", "rejected"))
+            prompt = prompt[: MAX_LENGTH // 2]
+            rest = MAX_LENGTH - len(prompt)
+            if len(prompt) and len(chosen) and len(rejected):
+                rows.append((prompt, chosen[:rest], rejected[:rest]))
+            if len(rows) == num_pairs:
+                break
+    if not rows:
+        raise BenchmarkError(f"{path} holds no pair with a prompt and two completions")
+    return EncodedPairs(*map(list, zip(*rows, strict=True)))
+
+
+def describe(pairs: EncodedPairs) -> dict[str, Any]:
+    """Counts, mean lengths and a fingerprint of the ids."""
+    digest = hashlib.sha256()
+    columns: dict[str, Sequence[np.ndarray]] = {
+        "prompt": pairs.prompt_ids,
+        "chosen": pairs.chosen_ids,
+        "rejected": pairs.rejected_ids,
+    }
+    for arrays in columns.values():
+        for array in arrays:
+            digest.update(len(array).to_bytes(4, "little") + array.tobytes())
+    return {
+        "pairs": len(pairs),
+        "prompts": len({p.tobytes() for p in pairs.prompt_ids}),
+        "mean_tokens": {name: float(np.mean([*map(len, x)])) for name, x in columns.items()},
+        "sha256": digest.hexdigest(),
+    }
+
+
+def one_pair_a_prompt(pairs: EncodedPairs) -> list[EncodedPairs]:
+    """The same pairs in as many parts as a prompt has pairs at most: none shares with another."""
+    turns = _turns(pairs)
+    return [pairs.take(np.flatnonzero(turns == turn).tolist()) for turn in range(max(turns) + 1)]
+
+
+def order_of_parts(pairs: EncodedPairs) -> np.ndarray:
+    """Row numbers of the pairs in the order of `one_pair_a_prompt`."""
+    return np.argsort(_turns(pairs), kind="stable")
+
+
+def _turns(pairs: EncodedPairs) -> np.ndarray:
+    """How many pairs before each have its prompt."""
+    seen: dict[bytes, int] = {}
+    turns = []
+    for prompt in pairs.prompt_ids:
+        turn = seen.get(prompt.tobytes(), 0)
+        seen[prompt.tobytes()] = turn + 1
+        turns.append(turn)
+    return np.array(turns)

@@ -1,0 +1,169 @@
+"""Completion log-probs from hidden states, tiled over rows and vocabulary. Pure torch.
+
+In: hidden states of just the rows that predict a completion token. Out: one fp32 log-prob a row.
+Never holds more than a tile of logits, so memory does not grow with the vocabulary or the pack. No
+gradients: training has TRL's tiled head.
+
+Shapes: R rows, D hidden size, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Rows and vocabulary entries of a tile. CPU: 4 MiB in fp32, so that the tile is still in the cache
+# for its log-sum-exp. CUDA: large enough to fill the device, 1 GiB in fp32.
+_TILE_CPU = (512, 2048)
+_TILE_CUDA = (4096, 65536)
+
+
+@dataclass(frozen=True)
+class Head:
+    """The map from last hidden states to logits, as the model's config says.
+
+    logits = softcap(multiplier * (hidden @ weight.T + bias)), softcap(x) = c * tanh(x / c).
+    """
+
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    multiplier: float
+    softcap: float | None
+
+    @classmethod
+    def of(cls, model: Any) -> "Head":
+        """The head of a transformers causal LM."""
+        config = model.config.get_text_config()
+        head = model.get_output_embeddings()
+        # Cohere; Muse Glimmer; Falcon-H1. Granite and MiniCPM3 divide, HyperCLOVA X does not.
+        names = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+        given = (getattr(config, name, None) for name in names)
+        multiplier = next((value for value in given if value is not None), None)
+        scaling = getattr(config, "logits_scaling", None)
+        if multiplier is None and scaling is not None:
+            multiplier = scaling if config.model_type == "hyperclovax" else 1.0 / scaling
+        return cls(
+            weight=head.weight,
+            bias=getattr(head, "bias", None),
+            multiplier=1.0 if multiplier is None else float(multiplier),
+            softcap=getattr(config, "final_logit_softcapping", None),
+        )
+
+    def target_logits(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """fp32 logits (R,) of one entry a row, accumulated in fp32 whatever the weights' dtype."""
+        logits = (hidden.float() * self.weight[targets].float()).sum(dim=-1)
+        if self.bias is not None:
+            logits = logits + self.bias[targets].float()
+        return self.finish_(logits)
+
+    def finish_(self, logits: Tensor) -> Tensor:
+        """Scale and soft-cap products, in place."""
+        if self.multiplier != 1.0:
+            logits.mul_(self.multiplier)
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
+
+
+class _Tiles:
+    """Logits tile by tile, in buffers that are used again and again.
+
+    On a CPU fresh memory costs more than the arithmetic on it: with two 4 MiB buffers the log-sum-
+    exp of 49,152 entries adds 5 % to the product's time, with new tensors for each tile 120 %.
+    """
+
+    def __init__(self, head: Head, num_rows: int, like: Tensor) -> None:
+        self._head = head
+        rows, width = _TILE_CUDA if like.is_cuda else _TILE_CPU
+        self.rows = max(1, min(rows, num_rows))
+        self.width = min(width, len(head.weight))
+        size = self.rows * self.width
+        self._products = like.new_empty(size)
+        single = like.dtype == torch.float32
+        self._logits = self._products if single else like.new_empty(size, dtype=torch.float32)
+        self._scratch = torch.empty_like(self._logits)
+
+    def logits(self, hidden: Tensor, start: int) -> Tensor:
+        """fp32 (n, width) of the entries from `start`; valid until the next call."""
+        weight = self._head.weight[start : start + self.width]
+        shape = (len(hidden), len(weight))
+        products = self._products[: shape[0] * shape[1]].view(shape)
+        if self._head.bias is None:
+            torch.mm(hidden, weight.T, out=products)
+        else:
+            torch.addmm(self._head.bias[start : start + self.width], hidden, weight.T, out=products)
+        if self._logits is self._products:
+            return self._head.finish_(products)
+        logits = self._logits[: shape[0] * shape[1]].view(shape)
+        return self._head.finish_(logits.copy_(products))
+
+    def log_sum_exp(self, logits: Tensor) -> Tensor:
+        """(n, width) -> (n,).
+
+        By way of log_softmax, one fused pass: torch.logsumexp takes several.
+        """
+        scratch = self._scratch[: logits.numel()].view(logits.shape)
+        torch.log_softmax(logits, dim=-1, out=scratch)
+        return logits[:, 0] - scratch[:, 0]
+
+
+@torch.no_grad()
+def token_logps(
+    hidden: Tensor, targets: Tensor, head: Head, *, sum_squares: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Log-prob of each row's target given its prefix, in nats.
+
+    The log-sum-exp is taken in fp32 over products of the model's dtype; the target's own logit is
+    computed in fp32, since its rounding would not average out.
+
+    Args:
+        hidden: (R, D), of the weights' dtype.
+        targets: int64 (R,).
+        head: The output head.
+        sum_squares: Also return log sum_v p(v)^2 (the alignment term of WPO, arXiv 2406.11827).
+
+    Returns:
+        fp32 (R,) log-probs, and fp32 (R,) log of the summed squares or None.
+    """
+    tiles = _Tiles(head, len(hidden), hidden)
+    logps = hidden.new_empty(len(hidden), dtype=torch.float32)
+    squares = torch.empty_like(logps) if sum_squares else None
+    for first in range(0, len(hidden), tiles.rows):
+        rows = slice(first, first + tiles.rows)
+        parts, doubled = [], []
+        for start in range(0, len(head.weight), tiles.width):
+            logits = tiles.logits(hidden[rows], start)
+            parts.append(tiles.log_sum_exp(logits))
+            if squares is not None:
+                doubled.append(tiles.log_sum_exp(logits.mul_(2)))
+        normaliser = torch.logsumexp(torch.stack(parts), dim=0)
+        logps[rows] = head.target_logits(hidden[rows], targets[rows]) - normaliser
+        if squares is not None:
+            squares[rows] = torch.logsumexp(torch.stack(doubled), dim=0) - 2 * normaliser
+    return logps, squares
+
+
+def logps_of_logits(
+    logits: Tensor, targets: Tensor, *, sum_squares: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """As `token_logps`, from the (R, V) logits of a model whose head `Head` does not describe."""
+    everything = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    logps = everything.gather(1, targets[:, None])[:, 0]
+    return logps, torch.logsumexp(2 * everything, dim=-1) if sum_squares else None
+
+
+def sequence_logps(logps: Tensor, terms: Tensor, owners: Tensor, num_sequences: int) -> Tensor:
+    """Sums of token log-probs per sequence, in float64.
+
+    Args:
+        logps: fp32 (R,).
+        terms: int64 (M,) indices into `logps`.
+        owners: int64 (M,) the sequence of each term.
+        num_sequences: S.
+
+    Returns:
+        float64 (S,); a sequence without terms is 0.
+    """
+    sums = torch.zeros(num_sequences, dtype=torch.float64, device=logps.device)
+    return sums.index_add(0, owners, logps[terms].double())

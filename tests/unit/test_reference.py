@@ -1,0 +1,497 @@
+"""The reference model: parity with TRL, invariance, retries, self-check, choices."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from scoring_support import PACKED, PADDED, LargestTensor, build, make_pairs, own_sums
+
+from refscale import attention, forward, logps
+from refscale.devices import choose_dtype, default_budget, is_out_of_memory
+from refscale.errors import ModelError
+from refscale.flops import Flops
+from refscale.forward import Forward
+from refscale.padding import padded_batches
+from refscale.reference import (
+    NONFINITE,
+    OUT_OF_MEMORY,
+    EncodedPairs,
+    ReferenceModel,
+)
+from refscale.self_check import checked_pairs, error_budget
+
+
+def ids(*tokens):
+    return np.array(tokens, dtype=np.int32)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return build(*PACKED["llama"])
+
+
+def both(scores):
+    return np.concatenate([scores.chosen_logps, scores.rejected_logps])
+
+
+PATHS = pytest.mark.parametrize("path", ["packed", "padded"])
+
+
+def test_sums_are_those_of_trls_own_reference_pass(tiny_model, tmp_path):
+    import datasets
+    from transformers import AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+    pairs = make_pairs(prompts=(5, 1, 30, 17), vocab=250)
+    rows = [
+        {"prompt_ids": p.tolist(), "chosen_ids": c.tolist(), "rejected_ids": r.tolist()}
+        for p, c, r in zip(pairs.prompt_ids, pairs.chosen_ids, pairs.rejected_ids, strict=True)
+    ]
+    text = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2
+    trainer = DPOTrainer(
+        model=str(tiny_model),
+        args=DPOConfig(
+            output_dir=str(tmp_path), report_to=[], bf16=False, use_cpu=True, max_length=1024
+        ),
+        train_dataset=datasets.Dataset.from_list(text),
+        processing_class=AutoTokenizer.from_pretrained(tiny_model),
+    )
+    batch = DataCollatorForPreference(pad_token_id=0, max_length=1024)(rows)
+    chosen, rejected = trainer.compute_ref_log_probs(trainer.ref_model, batch)
+    for path in ("packed", "padded"):
+        scores = ReferenceModel.load(str(tiny_model), dtype="float32", path=path).score(pairs)
+        np.testing.assert_allclose(scores.chosen_logps, chosen, rtol=0, atol=1e-3)
+        np.testing.assert_allclose(scores.rejected_logps, rejected, rtol=0, atol=1e-3)
+
+
+@PATHS
+def test_float32_is_within_the_budget_of_float64(llama, path):
+    pairs = make_pairs(3, prompts=(20, 40, 7))
+    scores = ReferenceModel.from_model(llama, path=path).score(pairs)
+    double = build(*PACKED["llama"]).double()
+    truth = np.concatenate(
+        [own_sums(double, pairs.prompt_ids, s) for s in (pairs.chosen_ids, pairs.rejected_ids)]
+    )
+    assert np.abs(both(scores) - truth).max() < 2e-3
+    # And a float64 model stays one.
+    found = both(ReferenceModel.from_model(double, path=path).score(pairs))
+    np.testing.assert_allclose(found, truth.astype(np.float32), rtol=1e-6)
+
+
+def test_bfloat16_is_no_further_from_the_truth_than_the_models_own_forward():
+    double = build(*PACKED["llama"]).double()
+    half = build(*PACKED["llama"]).to(torch.bfloat16)
+    # The truth of the same, rounded, weights.
+    double.load_state_dict({k: v.double() for k, v in half.state_dict().items()})
+    pairs = make_pairs(4, prompts=(9,) * 20)
+    sides = (pairs.chosen_ids, pairs.rejected_ids)
+    truth = np.concatenate([own_sums(double, pairs.prompt_ids, s) for s in sides])
+    usual = np.concatenate([own_sums(half, pairs.prompt_ids, s) for s in sides]) - truth
+    reference = ReferenceModel.from_model(half)
+    assert reference.self_check(pairs).path == "packed"
+    error = both(reference.score(pairs)) - truth
+    assert np.sqrt(np.mean(error**2)) <= 1.1 * np.sqrt(np.mean(usual**2))
+    assert np.abs(error).max() <= np.abs(usual).max() + 0.1
+
+
+@PATHS
+def test_scores_do_not_depend_on_neighbours_order_or_budget(llama, path):
+    pairs = make_pairs(5, prompts=(1, 3, 14, 9, 9, 21))
+    wanted = both(ReferenceModel.from_model(llama, path=path, token_budget=4096).score(pairs))
+    order = np.random.default_rng(0).permutation(len(pairs))
+    for budget in (1, 17, 50):
+        reference = ReferenceModel.from_model(llama, path=path, token_budget=budget)
+        found = both(reference.score(pairs.take(order.tolist())))
+        np.testing.assert_allclose(found, wanted.reshape(2, -1)[:, order].ravel(), atol=2e-4)
+    alone = [reference.score(pairs.take([i])) for i in range(len(pairs))]
+    np.testing.assert_allclose([s.chosen_logps[0] for s in alone], wanted[: len(pairs)], atol=2e-4)
+
+
+@PATHS
+def test_counts_and_empty_prompts(llama, path):
+    pairs = EncodedPairs(
+        [ids(), ids(4, 5), ids()],
+        [ids(1), ids(2, 3), ids(7, 8, 9)],
+        [ids(6, 7), ids(2, 3, 4), ids(7, 8)],
+    )
+    scores = ReferenceModel.from_model(llama, path=path).score(pairs)
+    assert scores.num_prompt_tokens.tolist() == [0, 2, 0]
+    assert scores.num_chosen_tokens.tolist() == [0, 2, 2]
+    assert scores.num_rejected_tokens.tolist() == [1, 3, 1]
+    assert scores.chosen_logps[0] == 0.0  # nothing predicts a first token
+    for column in (scores.num_prompt_tokens, scores.num_chosen_tokens, scores.num_rejected_tokens):
+        assert column.dtype == np.int32
+    assert scores.chosen_logps.dtype == scores.rejected_logps.dtype == np.float32
+    truth = own_sums(llama, pairs.prompt_ids[1:], pairs.chosen_ids[1:])
+    np.testing.assert_allclose(scores.chosen_logps[1:], truth, atol=1e-4)
+    # Nothing but unpredicted tokens.
+    nothing = ReferenceModel.from_model(llama, path=path).score(
+        EncodedPairs([ids()], [ids(1)], [ids(2)])
+    )
+    assert both(nothing).tolist() == [0.0, 0.0] and nothing.reason == [None]
+
+
+def test_no_pairs_give_no_scores(llama):
+    scores = ReferenceModel.from_model(llama).score(EncodedPairs([], [], []))
+    assert both(scores).shape == (0,) and scores.reason == []
+
+
+@PATHS
+def test_stats_count_what_was_done(llama, path):
+    prompt = ids(*range(10))
+    pairs = EncodedPairs([prompt] * 2, [ids(1, 2, 3), ids(4, 5)], [ids(6, 7, 8), ids(1, 2, 3)])
+    stats = ReferenceModel.from_model(llama, path=path).score(pairs).stats
+    assert stats.pairs == 2
+    assert stats.useful_tokens == 10 + 3 + 3 + 2  # the repeated completion once
+    # Packed: the last token of each completion is not computed. Padded: 3 rows of 12.
+    assert stats.computed_tokens == {"packed": 10 + 2 + 2 + 1, "padded": 36}[path]
+    assert stats.head_rows == 8
+    flops = Flops.of(llama)
+    # Packed context: 10 * 11 / 2, leaves 10 + 11 + ... each row sees its prefix and itself.
+    context = {"packed": 55 + (11 + 12) * 2 + 11, "padded": 3 * 12 * 13 / 2}[path]
+    assert stats.flops == flops.total(stats.computed_tokens, 8, context)
+    # q and o 32 x 32, k and v 32 x 16, MLP 3 x 32 x 48, two layers; head 101 x 32.
+    assert flops.per_token == 2 * 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
+    assert flops.per_head_row == 2 * 101 * 32
+    assert flops.per_context == 4 * 2 * 32
+    assert stats.seconds > 0 and stats.peak_memory_bytes > 2**20
+
+
+@PATHS
+def test_sum_squares_is_the_mean_log_of_the_summed_squares(llama, path):
+    pairs = make_pairs(6)
+    plain = ReferenceModel.from_model(llama, path=path).score(pairs)
+    assert plain.chosen_log_sum_squares is None
+    scores = ReferenceModel.from_model(llama, path=path).score(pairs, sum_squares=True)
+    np.testing.assert_array_equal(both(scores), both(plain))
+    found = scores.rejected_log_sum_squares
+    for i, (prompt, completion) in enumerate(
+        zip(pairs.prompt_ids, pairs.rejected_ids, strict=True)
+    ):
+        whole = torch.from_numpy(np.concatenate([prompt, completion]).astype(np.int64))
+        with torch.no_grad():
+            probs = llama(input_ids=whole[None]).logits[0].double().softmax(dim=-1)
+        rows = probs[len(prompt) - 1 : len(whole) - 1]
+        assert found[i] == pytest.approx(rows.square().sum(-1).log().mean().item(), abs=1e-5)
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def limit_tokens(monkeypatch):
+    """Forwards of more than so many rows run out of memory; the sizes of those that did not."""
+    sizes = []
+
+    def limit(rows):
+        score = Forward.score
+
+        def limited(self, batch, sums, stats):
+            if batch.num_tokens > rows:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            sizes.append(batch.num_tokens)
+            score(self, batch, sums, stats)
+
+        monkeypatch.setattr(Forward, "score", limited)
+        return sizes
+
+    return limit
+
+
+@PATHS
+def test_out_of_memory_halves_the_budget_and_loses_nothing(llama, limit_tokens, path):
+    pairs = make_pairs(7, prompts=(12, 20, 9, 15, 11, 8, 17, 30))
+    wanted = both(ReferenceModel.from_model(llama, path=path).score(pairs))
+    sizes = limit_tokens(100)
+    reference = ReferenceModel.from_model(llama, path=path, token_budget=200)
+    scores = reference.score(pairs)
+    np.testing.assert_allclose(both(scores), wanted, atol=2e-4)
+    # 200 -> at most 100, or 64 from a batch that was not full; then nothing runs out again.
+    assert 64 <= reference.token_budget <= 100
+    assert scores.stats.token_budget == reference.token_budget
+    assert 1 <= scores.stats.oom_retries <= 2
+    assert max(sizes) <= 100
+    assert reference.score(pairs).stats.oom_retries == 0
+
+
+@PATHS
+def test_a_pair_that_does_not_fit_alone_gets_a_reason(llama, limit_tokens, path):
+    pairs = make_pairs(8, prompts=(60, 5))
+    wanted = ReferenceModel.from_model(llama, path=path).score(pairs)
+    limit_tokens(40)
+    scores = ReferenceModel.from_model(llama, path=path).score(pairs)
+    assert scores.reason == [OUT_OF_MEMORY] * 2 + [None] * 2
+    assert np.isnan(scores.chosen_logps[:2]).all()
+    np.testing.assert_allclose(scores.chosen_logps[2:], wanted.chosen_logps[2:], atol=2e-4)
+
+
+def test_out_of_memory_of_hosts_is_known_too_and_other_errors_pass(llama, monkeypatch):
+    text = "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you"
+    assert is_out_of_memory(RuntimeError(text))
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+    def broken(self, batch, sums, stats):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(Forward, "score", broken)
+    with pytest.raises(RuntimeError, match="mat1"):
+        ReferenceModel.from_model(llama).score(make_pairs())
+
+
+def test_a_vocabulary_of_256k_never_meets_all_rows():
+    kind, config = PACKED["llama"]
+    model = build(kind, {**config, "vocab_size": 256_000, "tie_word_embeddings": True})
+    pairs = make_pairs(9, prompts=(5,) * 150)
+    reference = ReferenceModel.from_model(model, token_budget=4096)
+    with LargestTensor() as largest:
+        stats = reference.score(pairs).stats
+    rows, width = logps._TILE_CPU
+    assert stats.head_rows > 2 * rows
+    # The largest tensors are a tile and the model's own weights.
+    assert largest.elements <= max(rows * width, 256_000 * 32)
+    assert largest.elements < stats.head_rows * 256_000 / 32
+
+
+# -- what is not finite ----------------------------------------------------------------------------
+
+
+def test_what_overflows_in_float16_is_scored_again_in_float32():
+    model = build(*PACKED["llama"])
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(3e4)
+    pairs = make_pairs(10)
+    truth = own_sums(build_from(model.half()), pairs.prompt_ids, pairs.chosen_ids)
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    reference = ReferenceModel.from_model(model)
+    scores = reference.score(pairs)
+    assert scores.reason == [None] * len(pairs)
+    np.testing.assert_allclose(scores.chosen_logps, truth, rtol=1e-4, atol=1e-2)
+    # The model is what it was, and can be trained.
+    assert reference.dtype == torch.float16
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.float16 and torch.equal(parameter, weights[name])
+    model.float()(input_ids=torch.tensor([[1, 2]])).logits.sum().backward()
+
+
+def build_from(half):
+    """The float32 model of the same weights."""
+    model = build(*PACKED["llama"])
+    model.load_state_dict({name: value.float() for name, value in half.state_dict().items()})
+    return model
+
+
+@PATHS
+def test_what_is_not_finite_in_float32_either_gets_a_reason_and_spares_the_rest(path):
+    model = build(*PACKED["llama"])
+    with torch.no_grad():
+        model.model.embed_tokens.weight[100] = float("nan")
+    rng = np.random.default_rng(11)
+
+    def some(count):
+        return rng.integers(0, 99, count).astype(np.int32)
+
+    pairs = EncodedPairs(
+        [some(5), ids(1, 100, 2), some(6)], [some(4) for _ in "abc"], [some(3) for _ in "abc"]
+    )
+    scores = ReferenceModel.from_model(model, path=path).score(pairs)
+    assert scores.reason == [None, NONFINITE, None]
+    assert np.isfinite(both(scores).reshape(2, 3)[:, [0, 2]]).all()
+
+
+# -- the self-check --------------------------------------------------------------------------------
+
+
+def wrong_attention(module, query, key, value, attention_mask, **options):
+    """Leaves see nothing of their prompt."""
+    segments = attention._layout.segments
+    blind = [type(s)(s.start, s.length, 0, 0) for s in segments]
+    with attention.layout(attention.Layout(blind)):
+        return attention.packed_attention(module, query, key, value, attention_mask, **options)
+
+
+def broken_attention(*args, **options):
+    raise RuntimeError("shapes do not match")
+
+
+@pytest.fixture
+def packed_attention_as():
+    def use(function):
+        attention.AttentionInterface.register(attention.PACKED, function)
+
+    yield use
+    use(attention.packed_attention)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("function", [wrong_attention, broken_attention])
+def test_the_self_check_catches_a_wrong_path_and_falls_back(packed_attention_as, function, dtype):
+    model = build(*PACKED["llama"]).to(dtype)
+    pairs = make_pairs(12)
+    packed_attention_as(function)
+    reference = ReferenceModel.from_model(model)
+    assert reference.path == "packed"
+    settled = reference.self_check(pairs)
+    assert reference.path == settled.path == "padded"
+    assert settled.largest_error["packed"] > 1
+    assert "failed the self-check" in reference.info["path_reason"]
+    truth = own_sums(model, pairs.prompt_ids, pairs.chosen_ids)
+    budget = error_budget(truth, np.array([len(c) for c in pairs.chosen_ids]), dtype)
+    assert (np.abs(reference.score(pairs).chosen_logps - truth) <= budget).all()
+
+
+def test_a_forced_path_that_fails_is_an_error(llama, packed_attention_as):
+    packed_attention_as(wrong_attention)
+    reference = ReferenceModel.from_model(llama, path="packed")
+    with pytest.raises(ModelError, match=r"packed path is off by .* use score.path: auto"):
+        reference.self_check(make_pairs(12))
+
+
+def test_a_forced_path_that_is_not_served_is_an_error():
+    with pytest.raises(ModelError, match=r"score.path is packed, but .*state"):
+        ReferenceModel.from_model(build(*PADDED["mamba"]), path="packed")
+
+
+def test_an_unknown_head_falls_back_to_the_models_own_logits(llama, monkeypatch):
+    of = logps.Head.of
+
+    def wrong(model):
+        head = of(model)
+        return logps.Head(head.weight, head.bias, 2.0, None)
+
+    monkeypatch.setattr(forward.Head, "of", wrong)
+    pairs = make_pairs(13)
+    reference = ReferenceModel.from_model(llama)
+    settled = reference.self_check(pairs)
+    assert settled.path == "padded" and "the model's own logits" in settled.reason
+    scores = reference.score(pairs, sum_squares=True)
+    truth = own_sums(llama, pairs.prompt_ids, pairs.chosen_ids)
+    np.testing.assert_allclose(scores.chosen_logps, truth, atol=1e-3)
+    monkeypatch.undo()
+    squares = ReferenceModel.from_model(llama).score(pairs, sum_squares=True)
+    np.testing.assert_allclose(
+        scores.chosen_log_sum_squares, squares.chosen_log_sum_squares, atol=1e-4
+    )
+
+
+def test_the_self_check_reads_pairs_from_short_to_long():
+    lengths = [5, 3000, 9, 100, 2000, 1, 2500, 400]
+    pairs = EncodedPairs(
+        [np.zeros(n, np.int32) for n in lengths],
+        [ids(1)] * len(lengths),
+        [ids(2)] * len(lengths),
+    )
+    # Of those up to 2,048 tokens: 1, 5, 9, 100, 400, 2000.
+    assert [len(p) for p in checked_pairs(pairs).prompt_ids] == [1, 9, 100, 2000]
+    assert [len(p) for p in checked_pairs(pairs.take([1, 6])).prompt_ids] == [2500]
+
+
+def test_budgets_are_tight_in_float32_and_grow_with_length_in_half_precision():
+    sums, counts = np.array([-100.0, -400.0]), np.array([25, 100])
+    np.testing.assert_allclose(error_budget(sums, counts, torch.float32), [0.003, 0.009])
+    # 0.25 * 5 + 1, 0.25 * 10 + 4
+    np.testing.assert_allclose(error_budget(sums, counts, torch.bfloat16), [2.25, 6.5])
+
+
+# -- loading and choices ---------------------------------------------------------------------------
+
+
+def test_a_lora_adapter_is_merged_into_the_reference(tiny_model, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    torch.manual_seed(0)
+    adapted = get_peft_model(
+        base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    pairs = make_pairs(14)
+    truth = own_sums(adapted.eval(), pairs.prompt_ids, pairs.chosen_ids)
+    reference = ReferenceModel.load(
+        str(tiny_model), dtype="float32", adapter=str(tmp_path / "adapter")
+    )
+    np.testing.assert_allclose(reference.score(pairs).chosen_logps, truth, atol=1e-3)
+    plain = ReferenceModel.load(str(tiny_model), dtype="float32").score(pairs).chosen_logps
+    assert np.abs(plain - truth).max() > 0.1
+
+
+def test_what_cannot_be_loaded_is_one_line(tmp_path, tiny_model):
+    with pytest.raises(ModelError, match="cannot load the model") as caught:
+        ReferenceModel.load(str(tmp_path / "nothing"))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ModelError, match="with adapter"):
+        ReferenceModel.load(str(tiny_model), adapter=str(tmp_path))
+
+
+def test_a_model_says_what_was_chosen_and_why(tiny_model):
+    reference = ReferenceModel.load(str(tiny_model), dtype="float32", token_budget=99)
+    assert reference.info["dtype"] == "float32"
+    assert reference.info["dtype_reason"] == "asked for"
+    assert reference.info["path_reason"] == "the architecture is served"
+    assert reference.info["token_budget"] == 99
+    assert reference.info["vocab_size"] == 259
+    reference.release()
+    with pytest.raises(AttributeError):
+        _ = reference.model
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [
+        ({"avx512_bf16", "avx2"}, torch.bfloat16),
+        ({"amx_bf16"}, torch.bfloat16),
+        ({"avx2", "avx512f"}, torch.float32),
+        (set(), torch.float32),
+    ],
+    ids=str,
+)
+def test_dtype_follows_the_cpus_flags(monkeypatch, flags, dtype):
+    monkeypatch.setattr("refscale.devices._cpu_flags", lambda: flags)
+    chosen, reason = choose_dtype("auto", "cpu")
+    assert chosen == dtype
+    assert all(flag in reason for flag in flags & {"avx512_bf16", "amx_bf16"})
+
+
+def test_threads_are_set_when_asked(tiny_model):
+    before = torch.get_num_threads()
+    try:
+        model = ReferenceModel.load(str(tiny_model), num_threads=1)
+        assert torch.get_num_threads() == model.info["num_threads"] == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_budget_of_a_gpu_follows_its_free_memory(monkeypatch, llama):
+    class Config:
+        hidden_size, intermediate_size = 4096, 14336
+
+    free = 40 * 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+    found = default_budget(Config, torch.bfloat16, torch.device("cuda"))
+    # 12 * 4096 + 3 * 14336 elements of 2 bytes a token, half of 40 GiB: over the cap.
+    assert found == 65536
+    free = 2**30
+    assert default_budget(Config, torch.bfloat16, torch.device("cuda")) == 2912
+    free = 2**20
+    assert default_budget(Config, torch.bfloat16, torch.device("cuda")) == 2048
+
+
+def test_ids_are_read_from_arrow_without_a_copy():
+    column = pa.array([[1, 2], [], [3]], pa.list_(pa.int32()))
+    table = pa.table(dict.fromkeys(["prompt_ids", "chosen_ids", "rejected_ids"], column))
+    table = pa.concat_tables([table, table.slice(1)])
+    pairs = EncodedPairs.from_table(table)
+    assert [x.tolist() for x in pairs.prompt_ids] == [[1, 2], [], [3], [], [3]]
+    base = column.values.to_numpy()
+    assert np.shares_memory(pairs.prompt_ids[0], base)
+    assert [x.tolist() for x in pairs.take([4, 0]).chosen_ids] == [[3], [1, 2]]
+
+
+def test_padded_batches_hold_sequences_of_about_equal_length():
+    sequences = [(ids(*range(n)), ids(1, 2)) for n in (1, 30, 2, 29, 3)]
+    batches = list(padded_batches(sequences, range(5), 70))
+    assert [b.sequences.tolist() for b in batches] == [[1, 3], [4, 2, 0]]
+    assert [b.ids.shape for b in batches] == [(2, 31), (3, 4)]
+    assert all(b.num_tokens <= 70 for b in batches)
+    assert [len(b.sequences) for b in padded_batches(sequences, range(5), 1)] == [1] * 5

@@ -1,0 +1,55 @@
+"""Each model family on the packed and the padded path against its own logits, in fp32."""
+
+import numpy as np
+import pytest
+from scoring_support import PACKED, PADDED, build, make_pairs, own_sums
+
+from refscale import attention
+from refscale.reference import ReferenceModel
+
+
+def check(reference, pairs, tolerance=1e-3):
+    chosen = own_sums(reference.model, pairs.prompt_ids, pairs.chosen_ids)
+    rejected = own_sums(reference.model, pairs.prompt_ids, pairs.rejected_ids)
+    scores = reference.score(pairs)
+    assert scores.reason == [None] * len(pairs)
+    np.testing.assert_allclose(scores.chosen_logps, chosen, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(scores.rejected_logps, rejected, rtol=0, atol=tolerance)
+    # Far from what a model without context would say.
+    assert np.std(chosen / [len(c) for c in pairs.chosen_ids]) > 0.05
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_both_paths_give_the_models_own_log_probs(name):
+    model = build(*PACKED[name])
+    pairs = make_pairs()
+    packed = ReferenceModel.from_model(model, token_budget=64)
+    assert packed.path == "packed", packed.info
+    settled = packed.self_check(pairs)
+    assert settled.path == "packed" and settled.largest_error["packed"] < 1e-3
+    check(packed, pairs)
+    before = model.config._attn_implementation
+    check(ReferenceModel.from_model(model, path="padded", token_budget=64), pairs)
+    assert model.config._attn_implementation == before != attention.PACKED
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_models_that_packs_do_not_serve_fall_back_and_are_right(name):
+    model = build(*PADDED[name])
+    pairs = make_pairs()
+    reference = ReferenceModel.from_model(model, token_budget=64)
+    settled = reference.self_check(pairs)
+    assert settled.path == reference.path == "padded"
+    assert settled.largest_error["padded"] < 1e-3
+    assert reference.info["path"] == "padded"
+    check(reference, pairs)
+
+
+@pytest.mark.parametrize("name", ["mistral-window", "gemma2"])
+def test_the_families_windows_and_caps_matter_here(name):
+    # Else the parity above would prove nothing about them.
+    kind, config = PACKED[name]
+    without = {**config, "sliding_window": 128, "attn_logit_softcapping": None}
+    pairs = make_pairs()
+    sums = [own_sums(build(kind, c), pairs.prompt_ids, pairs.chosen_ids) for c in (config, without)]
+    assert np.abs(sums[0] - sums[1]).max() > 0.1
