@@ -148,10 +148,12 @@ def scoring(run_dir: str, replicas: int, *, repeats: int) -> tuple[dict[str, lis
     gpus = config.ray.gpus_per_replica
     gpus = float(ray.cluster_resources().get("GPU", 0) > 0) if gpus is None else gpus
     model, cpus = config.model, config.ray.cpus_per_replica
+    dtype, reason = engine.resolve_dtype(model.dtype, cuda=gpus > 0)
     settings = engine.ScorerSettings(
         model_name_or_path=model.model_name_or_path,
         revision=model.revision,
-        dtype=engine.resolve_dtype(model.dtype, cuda=gpus > 0),
+        dtype=dtype,
+        dtype_reason=reason,
         path=config.score.path,
         token_budget=config.score.token_budget,
         trust_remote_code=model.trust_remote_code,

@@ -42,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminated)
     try:
         result = app(arguments, standalone_mode=False, prog_name="refscale")
+        if result == 130:  # typer's answer to a KeyboardInterrupt
+            raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
     except typer.exceptions.TyperException as exc:  # bad usage
         message = exc.format_message() if hasattr(exc, "format_message") else str(exc)

@@ -291,13 +291,15 @@ def _score_shards(
 def _scorer_settings(run: Run) -> scoring.ScorerSettings:
     config = run.config
     replicas = config.ray.replica_bounds()[1]
+    # One dtype for all replicas: a pool of unlike machines must not mix them.
+    dtype, reason = scoring.resolve_dtype(
+        config.model.dtype, cuda=run.gpus(config.ray.gpus_per_replica) > 0
+    )
     return scoring.ScorerSettings(
         model_name_or_path=config.model.model_name_or_path,
         revision=config.model.revision,
-        # One dtype for all replicas: a pool of unlike machines must not mix them.
-        dtype=scoring.resolve_dtype(
-            config.model.dtype, cuda=run.gpus(config.ray.gpus_per_replica) > 0
-        ),
+        dtype=dtype,
+        dtype_reason=reason,
         path=config.score.path,
         token_budget=config.score.token_budget,
         trust_remote_code=config.model.trust_remote_code,
@@ -586,7 +588,8 @@ _STAGE_FUNCTIONS: dict[str, Callable[[Run], dict[str, Any]]] = {
 
 def _skipped(folder: StageFolder) -> dict[str, Any]:
     manifest = folder.require()
-    say(f"{folder.stage:<9} done before ({manifest['rows']:,} rows), skipped")
+    rows = f" ({manifest['rows']:,} rows)" if manifest["rows"] else ""
+    say(f"{folder.stage:<9} done before{rows}, skipped")
     return manifest
 
 

@@ -8,6 +8,10 @@ next step needs; only records and counts reach the driver.
 
 import logging
 import os
+import signal
+import threading
+import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,13 +26,16 @@ os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
 
 import ray
 import ray.data
+from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayError
 
-from refscale.errors import ConfigError, RefscaleError, ScoringError
+from refscale.errors import ConfigError, ScoringError
 
 # Logical CPUs of an embedded Ray beside the replicas: reading and publishing tasks need slots, or
 # the graph stalls with every CPU held by actors.
 _SPARE_CPUS = 3
+_RESTART_PAUSE_S = 2.0
+_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -73,11 +80,14 @@ def connect(
         if embedded:
             wanted = int(replicas * cpus_per_replica + 0.999) + _SPARE_CPUS
             options.update(num_cpus=num_cpus or max(cores, wanted), include_dashboard=False)
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address=address or "local", **options)
         except (ConnectionError, ValueError, RuntimeError, RayError) as exc:
             first = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
             raise ConfigError(f"no Ray at {address or 'this machine'}: {first}") from exc
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own there
         _close_token_file()
     resources = ray.cluster_resources()
     nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -103,8 +113,13 @@ def disconnect(*, force: bool = False) -> None:
 def _quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="ray")
+    # Of max_restarts and the like, which Ray Data 2.60 takes in no other way.
+    warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
     for name in ("ray", "ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # Prints every error as a traceback before it raises it.
+    for name in ("exceptions", "_internal.execution.streaming_executor_state"):
+        logging.getLogger(f"ray.data.{name}").setLevel(logging.CRITICAL)
 
 
 def _close_token_file() -> None:
@@ -127,7 +142,9 @@ class Step:
         pool: (smallest, largest) number of actors of a class.
         num_cpus: Logical CPUs of each task or actor.
         num_gpus: GPUs of each.
-        attempts: Runs of an item whose process dies; the error after that ends the graph.
+        attempts: Runs of an item whose process dies; the error after that ends the round. An
+            instance is made when the first item reaches its actor, so a process that dies while it
+            loads a model is such a run too.
     """
 
     run: Callable[[dict[str, Any]], dict[str, Any]] | type
@@ -138,23 +155,94 @@ class Step:
     attempts: int = 3
 
 
+# An exception travels in an item's place: Ray Data 2.60 keeps of it no more than its text.
+_ERROR = "_error"
+_NUMBER = "_number"  # of the item, which its result carries too
+
+
+class _Task:
+    """What a task runs: a step's function; exceptions become results."""
+
+    def __init__(self, run: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        self._run = run
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        if _ERROR in item:
+            return item
+        number = item.pop(_NUMBER)
+        try:
+            return {**self._run(item), _NUMBER: number}
+        except Exception as exc:
+            exc.add_note("".join(traceback.format_exception(exc)))
+            try:
+                return {_ERROR: ray.cloudpickle.dumps(exc)}
+            except Exception:
+                return {_ERROR: ray.cloudpickle.dumps(RuntimeError(f"{type(exc).__name__}: {exc}"))}
+
+
+class _Actor(_Task):
+    """What an actor runs: an instance of a step's class, made when the first item is there.
+
+    Ray restarts an actor that dies in its constructor for ever when `max_restarts` is -1 (measured
+    with 2.60: max_consecutive_actor_init_deaths does not see those), and a bound on it would also
+    count the machines that a long run outlives. A death during an item is bounded by its attempts.
+    """
+
+    def __init__(self, kind: type, options: dict[str, Any]) -> None:
+        super().__init__(self._first)
+        self._kind, self._options = kind, options
+
+    def _first(self, item: dict[str, Any]) -> dict[str, Any]:
+        if ray.get_runtime_context().was_current_actor_reconstructed:
+            # What killed the process, such as memory that others held, may need a moment.
+            time.sleep(_RESTART_PAUSE_S)
+        self._run = self._kind(**self._options)
+        return self._run(item)
+
+
 def run_graph(
     items: Sequence[dict[str, Any]], steps: Sequence[Step], *, stalled_after_s: float = 1800
 ) -> Iterator[dict[str, Any]]:
     """Run each item through the steps on Ray Data; yield the results as they come.
 
+    A graph that a lost machine or worker broke is run again with the items that have no result,
+    _ROUNDS times at most: while Ray finds out that a machine is gone, calls to its actors fail
+    at once and use up their attempts.
+
     Raises:
-        RefscaleError: One that a step raised, as it was raised; or ScoringError when a worker
-            died too often or nothing moved for `stalled_after_s` seconds.
+        Exception: What a step raised, as it was raised.
+        ScoringError: Workers died too often, or nothing moved for `stalled_after_s` seconds.
     """
     if not items:
         return
+    # Ray would else start itself, or connect to any cluster that it finds on this machine.
+    assert ray.is_initialized(), "connect comes before run_graph"
     context = ray.data.DataContext.get_current()
     context.execution_no_progress_timeout_s = stalled_after_s
-    context.max_consecutive_actor_init_deaths = 3
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    dataset = ray.data.from_items(list(items), override_num_blocks=len(items))
+    left = {number: {**item, _NUMBER: number} for number, item in enumerate(items)}
+    rounds = 0
+    while left:
+        before, rounds = len(left), rounds + 1
+        try:
+            for result in _results(list(left.values()), steps):
+                if _ERROR in result:
+                    raise ray.cloudpickle.loads(result[_ERROR])
+                del left[result.pop(_NUMBER)]
+                yield result
+        except ExecutionTimeoutError as exc:
+            raise ScoringError(
+                f"nothing has moved for {stalled_after_s:g} s, so a worker hangs: finished shards"
+                " are kept, the same command resumes; score.stalled_after_s bounds the wait"
+            ) from exc
+        except RayError as exc:
+            if rounds == _ROUNDS or len(left) == before or not ray.is_initialized():
+                raise _translated(exc) from exc
+
+
+def _results(items: list[dict[str, Any]], steps: Sequence[Step]) -> Iterator[dict[str, Any]]:
+    dataset = ray.data.from_items(items, override_num_blocks=len(items))
     for step in steps:
         common: dict[str, Any] = {"num_cpus": step.num_cpus}
         if step.num_gpus:
@@ -163,8 +251,8 @@ def run_graph(
             low, high = step.pool
             high = min(high, len(items))
             dataset = dataset.map(
-                step.run,
-                fn_constructor_kwargs=dict(step.options),
+                _Actor,
+                fn_constructor_kwargs={"kind": step.run, "options": dict(step.options)},
                 compute=ray.data.ActorPoolStrategy(
                     min_size=min(low, high), max_size=high, max_tasks_in_flight_per_actor=2
                 ),
@@ -173,39 +261,15 @@ def run_graph(
                 **common,
             )
         else:
-            dataset = dataset.map(step.run, max_retries=step.attempts, **common)
-    try:
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            yield from batch.to_pylist()
-    except RefscaleError:
-        raise
-    except Exception as exc:
-        raise _translate(exc) from exc
+            run = _Task(step.run)
+            dataset = dataset.map(run.__call__, max_retries=step.attempts - 1, **common)
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        yield from batch.to_pylist()
 
 
-def _translate(exc: BaseException) -> BaseException:
-    """The error that a user should see for what came out of Ray."""
-    seen: set[int] = set()
-    current: BaseException | None = exc
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        if isinstance(current, RefscaleError):
-            # RayTaskError mixes its cause's class into its own: rebuild the plain one.
-            cause = getattr(current, "cause", None)
-            return cause if isinstance(cause, RefscaleError) else current
-        cause = getattr(current, "cause", None)
-        current = cause if isinstance(cause, BaseException) else current.__cause__
-    name = type(exc).__name__
-    if "Timeout" in name:
-        return ScoringError(f"nothing has moved for too long: {_first_line(exc)}")
-    if isinstance(exc, RayError) or "Ray" in name or "Actor" in name:
-        return ScoringError(
-            f"a worker process failed ({name}): {_first_line(exc)}; finished shards are kept, the"
-            " same command resumes"
-        )
-    return exc
-
-
-def _first_line(exc: BaseException) -> str:
+def _translated(exc: RayError) -> ScoringError:
     lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(exc).__name__
+    return ScoringError(
+        f"a worker process failed ({type(exc).__name__}): {lines[0][:300] if lines else ''};"
+        " finished shards are kept, the same command resumes"
+    )

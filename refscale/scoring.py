@@ -21,9 +21,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from refscale import schema
+from refscale import metrics, schema
 from refscale.errors import ScoringError
-from refscale.storage import StageFolder, Store
+from refscale.stages import StageFolder
+from refscale.storage import Store
 
 # What scoring needs of a corpus shard; the text stays on disk.
 PAIR_COLUMNS = [
@@ -42,11 +43,16 @@ Item = dict[str, Any]
 
 @dataclass(frozen=True)
 class ScorerSettings:
-    """All that a scoring replica needs; plain data. Fields as `ReferenceModel.load`."""
+    """All that a scoring replica needs; plain data.
+
+    Fields as `ReferenceModel.load`, but for dtype_reason, which its info shows, and stage, under
+    which its metrics run.
+    """
 
     model_name_or_path: str
     revision: str | None
     dtype: str
+    dtype_reason: str
     path: str
     token_budget: int | None
     trust_remote_code: bool
@@ -54,11 +60,17 @@ class ScorerSettings:
     adapter: str | None
     quantization: str | None
     num_threads: int | None
+    stage: str = "score"
 
     def for_policy(self, folder: str) -> "ScorerSettings":
         """The same for the trained policy: a plain model in `folder`, a path or URI."""
         return replace(
-            self, model_name_or_path=folder, revision=None, adapter=None, quantization=None
+            self,
+            model_name_or_path=folder,
+            revision=None,
+            adapter=None,
+            quantization=None,
+            stage="evaluate",
         )
 
 
@@ -69,12 +81,12 @@ def engine_version() -> int:
     return ENGINE_VERSION
 
 
-def resolve_dtype(requested: str, *, cuda: bool) -> str:
-    """`model.dtype` resolved for a device kind, for example "bfloat16"."""
+def resolve_dtype(requested: str, *, cuda: bool) -> tuple[str, str]:
+    """`model.dtype` resolved for a device kind, for example "bfloat16", and why."""
     from refscale.reference import choose_dtype
 
-    dtype, _reason = choose_dtype(requested, "cuda" if cuda else "cpu")
-    return str(dtype).removeprefix("torch.")
+    dtype, reason = choose_dtype(requested, "cuda" if cuda else "cpu")
+    return str(dtype).removeprefix("torch."), reason
 
 
 def table_to_bytes(table: pa.Table) -> bytes:
@@ -123,13 +135,15 @@ class ShardScorer:
         from refscale.reference import ReferenceModel
 
         options = asdict(settings)
-        name = options.pop("model_name_or_path")
+        name, reason = options.pop("model_name_or_path"), options.pop("dtype_reason")
+        self._stage = options.pop("stage")
         if "://" in name:
             store, work = Store(name), tempfile.mkdtemp(prefix="refscale-model-")
             for file in store.list_files("", recursive=True):
                 store.fetch(file, work)
             name = work
         self._model = ReferenceModel.load(name, **options)
+        self._model.info["dtype_reason"] = reason
         self._checked = False
         self._replica = f"{socket.gethostname()}:{os.getpid()}"
         self._idle_since = time.monotonic()
@@ -159,6 +173,7 @@ class ShardScorer:
             "stats": _plain(asdict(scores.stats)),
             "engine": _plain(self._model.info),
         }
+        metrics.report_shard(counts, stage=self._stage)
         columns = {
             "ref_chosen_logps": scores.chosen_logps,
             "ref_rejected_logps": scores.rejected_logps,

@@ -1,0 +1,219 @@
+"""The three steps of scoring a shard, called one after the other as the graph does."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from refscale import schema, scoring
+from refscale.errors import ScoringError
+from refscale.scoring import (
+    ScorerSettings,
+    ShardScorer,
+    publish_evaluation,
+    publish_scores,
+    read_pairs,
+    table_from_bytes,
+    table_to_bytes,
+)
+from refscale.stages import StageFolder
+from refscale.storage import Store
+
+PAIRS = 12
+SIDES = ("chosen", "rejected")
+
+
+def pair_id(i):
+    return bytes([i] * 16)
+
+
+def corpus_table(rng=None):
+    rng = rng or np.random.default_rng(0)
+    rows = []
+    for i in range(PAIRS):
+        ids = [rng.integers(97, 122, size).tolist() for size in (5 + i, 4, 7)]
+        rows.append(
+            {
+                "pair_id": pair_id(i),
+                "source": "a",
+                "source_row": i,
+                "split": schema.HOLDOUT if i % 4 == 0 else schema.TRAIN,
+                "prompt_ids": ids[0],
+                "chosen_ids": ids[1],
+                "rejected_ids": ids[2],
+                "chosen_truncated": False,
+                "rejected_truncated": i == 1,
+                "conversational": False,
+                "prompt": "",
+                "chosen": "",
+                "rejected": "",
+                "passthrough": "{}",
+            }
+        )
+    return schema.conform(pa.Table.from_pylist(rows), schema.CORPUS, "corpus")
+
+
+@pytest.fixture
+def run(tmp_path):
+    store = Store(tmp_path / "run")
+    folders = {name: StageFolder(store, name) for name in ("corpus", "scores", "evaluation")}
+    for folder in folders.values():
+        folder.begin({})
+    folders["corpus"].commit_shard("shard-0", corpus_table())
+    return folders
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_model):
+    return ScorerSettings(
+        model_name_or_path=str(tiny_model),
+        revision=None,
+        dtype="float32",
+        dtype_reason="asked for",
+        path="auto",
+        token_budget=None,
+        trust_remote_code=False,
+        attn_implementation=None,
+        adapter=None,
+        quantization=None,
+        num_threads=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def scorer(settings):
+    return ShardScorer(settings)
+
+
+def test_tables_survive_the_way_between_processes():
+    table = corpus_table()
+    assert table_from_bytes(table_to_bytes(table)).equals(table)
+
+
+def test_shard_is_read_scored_and_published(run, scorer):
+    item = scorer(read_pairs(run["corpus"])({"shard": "shard-0"}))
+    assert set(item) == {"shard", "scores", "counts"}
+    record = json.loads(publish_scores(run["scores"])(item)["record"])
+    assert (record["name"], record["rows"], record["counts"]["pairs"]) == (
+        "shard-0.parquet",
+        PAIRS,
+        PAIRS,
+    )
+    assert record["counts"]["unscorable"] == []
+    assert list(run["scores"].finished_shards()) == ["shard-0"]
+    table = run["scores"].read_table("shard-0.parquet")
+    assert table.schema.equals(schema.SCORES)
+    assert table["pair_id"].to_pylist() == [pair_id(i) for i in range(PAIRS)]
+    assert table["num_chosen_tokens"].to_pylist() == [4] * PAIRS
+    assert table["rejected_truncated"].to_pylist() == [i == 1 for i in range(PAIRS)]
+
+
+def test_scores_are_those_of_a_plain_forward(run, scorer, tiny_model):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    item = scorer(read_pairs(run["corpus"])({"shard": "shard-0"}))
+    scores = table_from_bytes(item["scores"])
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    for row, found in zip(corpus_table().to_pylist(), scores.to_pylist(), strict=True):
+        for side in SIDES:
+            ids = torch.tensor([row["prompt_ids"] + row[f"{side}_ids"]])
+            with torch.no_grad():
+                logps = model(ids).logits[0, :-1].log_softmax(-1)
+            start = len(row["prompt_ids"])
+            expected = logps[range(start - 1, ids.shape[1] - 1), ids[0, start:]].sum()
+            # float32 sums of up to 7 terms near -6 nats
+            assert found[f"ref_{side}_logps"] == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_holdout_is_read_alone_and_up_to_an_id(run):
+    def ids(**options):
+        item = read_pairs(run["corpus"], **options)({"shard": "shard-0"})
+        return table_from_bytes(item["pairs"])["pair_id"].to_pylist()
+
+    assert len(ids()) == PAIRS
+    assert ids(holdout_up_to=b"\xff" * 16) == [pair_id(i) for i in (0, 4, 8)]
+    assert ids(holdout_up_to=pair_id(4)) == [pair_id(i) for i in (0, 4)]
+
+
+def test_shard_without_pairs_is_scored(run, scorer):
+    item = read_pairs(run["corpus"], holdout_up_to=b"\x00")({"shard": "shard-0"})
+    scored = scorer(item)
+    assert table_from_bytes(scored["scores"]).num_rows == 0
+    assert json.loads(scored["counts"])["pairs"] == 0
+
+
+def test_pair_that_cannot_be_scored_is_listed_with_its_reason_and_left_out(
+    run, settings, tiny_model, tmp_path
+):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    table = corpus_table()
+    bad_id = table["rejected_ids"][3][0].as_py()
+    affected = [
+        i
+        for i, row in enumerate(table.to_pylist())
+        if any(bad_id in row["prompt_ids"] + row[f"{side}_ids"][:-1] for side in SIDES)
+    ]
+    assert 0 < len(affected) < PAIRS
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.get_input_embeddings().weight.data[bad_id] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "model")
+    scorer = ShardScorer(replace(settings, model_name_or_path=str(tmp_path / "model")))
+    item = scorer(read_pairs(run["corpus"])({"shard": "shard-0"}))
+    counts = json.loads(item["counts"])
+    listed = dict(counts["unscorable"])
+    assert set(listed) == {pair_id(i).hex() for i in affected}
+    assert set(listed.values()) == {"nonfinite_logp"}
+    kept = table_from_bytes(item["scores"])["pair_id"].to_pylist()
+    assert kept == [pair_id(i) for i in range(PAIRS) if i not in affected]
+    assert counts["pairs"] == PAIRS == len(kept) + len(listed)
+
+
+def test_a_score_that_is_not_finite_is_never_published(run, scorer):
+    item = scorer(read_pairs(run["corpus"])({"shard": "shard-0"}))
+    table = table_from_bytes(item["scores"])
+    values = table["ref_chosen_logps"].to_numpy().copy()
+    values[5] = np.inf
+    place = table.column_names.index("ref_chosen_logps")
+    bad = table.set_column(place, table.schema.field(place), pa.array(values))
+    with pytest.raises(ScoringError, match=pair_id(5).hex()):
+        publish_scores(run["scores"])({**item, "scores": table_to_bytes(bad)})
+    assert run["scores"].finished_shards() == {}
+
+
+def test_evaluation_joins_by_pair_id_whatever_the_order(run, scorer):
+    publish_scores(run["scores"])(scorer(read_pairs(run["corpus"])({"shard": "shard-0"})))
+    item = scorer(read_pairs(run["corpus"], holdout_up_to=b"\xff" * 16)({"shard": "shard-0"}))
+    policy = table_from_bytes(item["scores"])
+    reversed_rows = policy.take(list(reversed(range(policy.num_rows))))
+    stranger = policy.slice(0, 1).set_column(
+        0, policy.schema.field(0), pa.array([b"\xfe" * 16], pa.binary(16))
+    )
+    mixed = pa.concat_tables([reversed_rows, stranger])
+    publish_evaluation(run["evaluation"], run["scores"])({**item, "scores": table_to_bytes(mixed)})
+    table = run["evaluation"].read_table("shard-0.parquet")
+    assert sorted(table["pair_id"].to_pylist()) == [pair_id(i) for i in (0, 4, 8)]
+    # Policy and reference are the same model here, up to the batch's own rounding.
+    for side in SIDES:
+        np.testing.assert_allclose(
+            table[f"policy_{side}_logps"].to_numpy(),
+            table[f"ref_{side}_logps"].to_numpy(),
+            atol=1e-4,
+        )
+
+
+def test_policy_is_a_plain_model_of_its_own(settings):
+    policy = settings.for_policy("s3://bucket/run/policy")
+    assert policy.model_name_or_path == "s3://bucket/run/policy"
+    assert (policy.revision, policy.adapter, policy.quantization) == (None, None, None)
+    assert policy.dtype == settings.dtype
+
+
+def test_dtype_is_resolved_to_a_plain_name():
+    assert scoring.resolve_dtype("float32", cuda=False) == ("float32", "asked for")
+    dtype, reason = scoring.resolve_dtype("auto", cuda=False)
+    assert dtype in ("float32", "bfloat16") and "this CPU has" in reason
