@@ -310,6 +310,7 @@ def _scorers(
         else:
             missing[f"{name}: {module} is not installed"] = None
 
+    own = baselines.as_loaded(model)
     # TRL puts its fused head on the model, which changes nothing for the others.
     add(baselines.TRL, lambda: stack.enter_context(baselines.trl_precompute(model, tokenizer)))
     add(baselines.HF, lambda: baselines.hf_padded(model))
@@ -324,8 +325,8 @@ def _scorers(
 
         optional(name, "ctranslate2", make)
     optional(baselines.LM_EVAL, "lm_eval", lambda: baselines.lm_eval(model, tokenizer))
-    packed, score = baselines.ours(model, "packed", arguments.token_budget)
-    add(baselines.PADDED, lambda: baselines.ours(model, "padded", arguments.token_budget)[1])
+    packed, score = baselines.ours(own, "packed", arguments.token_budget)
+    add(baselines.PADDED, lambda: baselines.ours(own, "padded", arguments.token_budget)[1])
     parts = corpora.one_pair_a_prompt(pairs)
     if len(parts) > 1:
         add(baselines.PAIR_BY_PAIR, lambda: baselines.pair_by_pair(packed, parts))

@@ -196,6 +196,7 @@ def write_result(
     config: Mapping[str, Any],
     rows: Sequence[Row],
     units: Mapping[str, str] | None = None,
+    titles: Mapping[str, str] | None = None,
     columns: Sequence[str] | None = None,
     data: Mapping[str, Any] | None = None,
     not_measured: Sequence[str] = (),
@@ -210,6 +211,7 @@ def write_result(
         rows: One dict a row. A figure is a number or `spread`; a run that failed is a row too, with
             the reason in the column `failed`.
         units: Unit of each column that has one.
+        titles: Of columns in the Markdown table; a column's own is its name and unit.
         columns: Of the Markdown table, in order; None is all columns of the rows.
         data: What was measured on: names, fingerprints, length statistics.
         not_measured: What a reader would look for and will not find, with the reason.
@@ -231,6 +233,7 @@ def write_result(
         "config": dict(config),
         "data": dict(data or {}),
         "units": dict(units or {}),
+        "titles": dict(titles or {}),
         "columns": list(columns) if columns else _all_columns(rows),
         "rows": list(rows),
         "not_measured": list(not_measured),
@@ -278,8 +281,9 @@ def markdown_table(result: Mapping[str, Any]) -> str:
     """
     columns: list[str] = result["columns"]
     units = result["units"]
+    given = result.get("titles", {})
     titles = [
-        name.replace("_", " ") + (f" ({units[name]})" if units.get(name) else "")
+        given.get(name) or name.replace("_", " ") + (f" ({units[name]})" if units.get(name) else "")
         for name in columns
     ]
     numeric = {

@@ -5,6 +5,7 @@ is not installed is left out and named in the result.
 """
 
 import contextlib
+import copy
 import importlib.util
 import os
 import tempfile
@@ -15,6 +16,7 @@ import numpy as np
 import scoring_models
 import torch
 
+from refscale.cpu_products import use_onednn
 from refscale.encoded_pairs import EncodedPairs
 from refscale.padding import padded_batches
 from refscale.reference import ReferenceModel
@@ -34,6 +36,14 @@ LM_EVAL = "lm-evaluation-harness hf"
 
 _BATCH = 8  # TRL's default per_device_train_batch_size, which its precompute uses
 _SORTED_TOKENS = 4096
+
+
+def as_loaded(model: Any) -> Any:
+    """The model as `ReferenceModel.load` prepares it; on a CPU a copy: peers get it plain."""
+    if next(model.parameters()).device.type == "cpu":
+        model = copy.deepcopy(model)
+        use_onednn(model)
+    return model
 
 
 def ours(model: Any, path: str, token_budget: int | None) -> tuple[ReferenceModel, Scorer]:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from refscale.cpu_products import use_onednn
 from refscale.devices import choose_dtype, keep_freed_memory
 from refscale.errors import ModelError
 
@@ -51,6 +52,8 @@ def load_model(
             model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
         if "device_map" not in options:
             model = model.to(device)
+        if device == "cpu":
+            use_onednn(model)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as exc:
         lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
         what = f"{model_name_or_path} with adapter {adapter}" if adapter else model_name_or_path

@@ -1,0 +1,124 @@
+"""What Ray costs: one replica in the scoring stage's graph against the same model in this process.
+
+The stage is the product's own: shards of parquet, the graph of reading, scoring and publishing, the
+replica as an actor. Both score the same shards with the same threads. The first shard warms up.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import scoring_models as models
+import torch
+from common import Row, spread
+
+from refscale import pipeline, schema
+from refscale.config import parse_config
+from refscale.encoded_pairs import EncodedPairs
+from refscale.progress import say
+from refscale.ray_runtime import disconnect
+from refscale.reference import ReferenceModel
+from refscale.stages import FileRecord, StageFolder
+from refscale.storage import Store
+
+
+def ray_rows(
+    arguments: argparse.Namespace, dtype: torch.dtype, corpus: str, pairs: EncodedPairs
+) -> list[Row]:
+    """Two rows: through Ray, and in this process."""
+    label = str(dtype).removeprefix("torch.")
+    threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as work:
+        name = _model_folder(arguments, Path(work) / "model")
+        config = parse_config(
+            {
+                "model": {"model_name_or_path": name, "dtype": label},
+                "corpus": {"sources": [{"path": "made here"}]},
+                "score": {"token_budget": arguments.token_budget},
+                "ray": {"replicas": 1, "cpus_per_replica": threads},
+            }
+        )
+        run = pipeline.Run(Store(str(Path(work) / "run")), config)
+        tables = _write_corpus(run.folder("corpus"), pairs, arguments.repeats + 1)
+        say(f"{corpus}, {dtype}: {len(tables)} shards of {len(pairs)} pairs through Ray")
+        try:
+            pipeline.score(run)
+        finally:
+            disconnect()
+        counts = [record.counts for record in _records(run.folder("scores"))][1:]
+        busy = np.array([c["seconds"] for c in counts])
+        waited = np.array([c["wait_s"] for c in counts])
+        reference = ReferenceModel.load(
+            name, dtype=label, device=arguments.device, token_budget=arguments.token_budget
+        )
+        alone = []
+        for table in tables:
+            started = time.perf_counter()
+            reference.score(EncodedPairs.from_table(table))
+            models.wait(reference.device)
+            alone.append(time.perf_counter() - started)
+    bare = np.array(alone[1:])
+    common = {"corpus": corpus, "dtype": label}
+    return [
+        {
+            **common,
+            "scorer": "refscale packed, bare process",
+            "pairs_per_s": spread(len(pairs) / bare),
+        },
+        {
+            **common,
+            "scorer": "refscale packed, one replica through Ray",
+            "pairs_per_s": spread(len(pairs) / (busy + waited)),
+            "of_bare_process": float(np.median(bare) / np.median(busy + waited)),
+            "replica_waits": float(waited.sum() / (busy + waited).sum()),
+        },
+    ]
+
+
+def _model_folder(arguments: argparse.Namespace, folder: Path) -> str:
+    if arguments.model not in models.NAMES:
+        return arguments.model
+    model = models.build(arguments.model, torch.float32, torch.device("cpu"), arguments.seed)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def _write_corpus(folder: StageFolder, pairs: EncodedPairs, num_shards: int) -> list[Any]:
+    """A finished corpus stage whose shards all hold the same ids; the shards' tables."""
+    fingerprint = {"made_by": "bench_scoring"}
+    folder.begin(fingerprint)
+    count = len(pairs)
+    records, tables = [], []
+    for shard in range(num_shards):
+        table = pa.table(
+            {
+                "pair_id": pa.array(
+                    [(shard * count + i).to_bytes(16, "big") for i in range(count)], pa.binary(16)
+                ),
+                "source": ["bench"] * count,
+                "source_row": list(range(count)),
+                "split": [schema.TRAIN] * count,
+                "prompt_ids": pa.array(pairs.prompt_ids, pa.list_(pa.int32())),
+                "chosen_ids": pa.array(pairs.chosen_ids, pa.list_(pa.int32())),
+                "rejected_ids": pa.array(pairs.rejected_ids, pa.list_(pa.int32())),
+                "chosen_truncated": [False] * count,
+                "rejected_truncated": [False] * count,
+                "conversational": [False] * count,
+                "prompt": [""] * count,
+                "chosen": [""] * count,
+                "rejected": [""] * count,
+                "passthrough": ["{}"] * count,
+            }
+        )
+        tables.append(schema.conform(table, schema.CORPUS, "corpus"))
+        records.append(folder.commit_shard(f"shard-{shard:06d}", tables[-1]))
+    folder.finish(fingerprint, records, counts={"train": count * num_shards}, seconds=0.0)
+    return tables
+
+
+def _records(folder: StageFolder) -> list[FileRecord]:
+    return [record for _, record in sorted(folder.finished_shards().items())]
