@@ -243,7 +243,7 @@ def _judge(url: str | None, model: str | None, key_env: str | None, **more: Any)
 
 
 def bench(context: typer.Context, question: Annotated[str, typer.Argument()]) -> int:
-    """Answer a benchmark's question: scoring, selection, scale, training, cluster, compare."""
+    """Answer a benchmark's question: demo, scoring, selection, scale, training, cluster, compare."""
     folder = Path(__file__).resolve().parents[1] / "benchmarks"
     script = folder / f"bench_{question}.py"
     if not script.is_file():

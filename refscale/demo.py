@@ -18,6 +18,7 @@ import inspect
 import json
 import os
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -122,7 +123,8 @@ def _first_paragraph(function: Any) -> str | None:
 
 def _signature(function: Any) -> str:
     try:
-        return str(inspect.signature(function))
+        # Without the addresses of default values, which differ from process to process.
+        return re.sub(r" at 0x[0-9a-f]+", "", str(inspect.signature(function)))
     except (TypeError, ValueError):
         return "(...)"
 

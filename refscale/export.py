@@ -22,6 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from refscale import schema
 from refscale.errors import SelectionError, StorageError
 from refscale.stages import STAGE_FILE, StageFolder
 from refscale.storage import Store
@@ -91,20 +92,15 @@ def _texts(selection: StageFolder, corpus: StageFolder, shard: str) -> pa.Table:
     """Prompt, chosen and rejected of a shard's kept pairs, in the selection's order.
 
     Raises:
-        SelectionError: A kept pair is not in the corpus, or chat and text are mixed.
+        SchemaError: A kept pair is not in the corpus.
+        SelectionError: Chat and text are mixed.
     """
     kept = selection.read_table(f"{shard}.parquet", columns=["pair_id"])
     columns = ["pair_id", "conversational", *_TEXTS, "passthrough"]
     pairs = corpus.read_table(f"{shard}.parquet", columns=columns)
-    rows = pc.index_in(
-        kept["pair_id"].cast(pa.binary()), value_set=pairs["pair_id"].cast(pa.binary())
+    pairs = schema.matching_rows(
+        pairs, kept["pair_id"], f"selected pairs of {shard} are not in the corpus"
     )
-    if rows.null_count:
-        raise SelectionError(
-            f"{rows.null_count} selected pairs of {shard} are not in the corpus; the run folder"
-            " mixes two corpora: redo the scores with `refscale score --restart`"
-        )
-    pairs = pairs.take(rows)
     chats = pc.sum(pairs["conversational"]).as_py()
     if 0 < chats < len(pairs):
         raise _mixed()

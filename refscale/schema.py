@@ -9,6 +9,7 @@ sum near -300 nats could only move in steps of 2.
 """
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from refscale.errors import SchemaError
 
@@ -120,3 +121,26 @@ def conform(table: pa.Table, schema: pa.Schema, what: str) -> pa.Table:
         if not field.nullable and table.column(field.name).null_count:
             raise SchemaError(f"{what}.{field.name} holds nulls, which its schema forbids")
     return table
+
+
+def matching_rows(table: pa.Table, pair_ids: pa.ChunkedArray, what: str) -> pa.Table:
+    """The rows of `table` that have these ids, in the order of the ids.
+
+    Args:
+        table: Any table with a pair_id column, each id once.
+        pair_ids: binary(16) (N,).
+        what: Which pairs and which table, for the message.
+
+    Returns:
+        N rows.
+
+    Raises:
+        SchemaError: An id is not there.
+    """
+    rows = pc.index_in(pair_ids, value_set=table["pair_id"])
+    if rows.null_count:
+        raise SchemaError(
+            f"{rows.null_count} {what}; the run folder mixes two corpora: redo the scores with"
+            " `refscale score --restart`"
+        )
+    return table.take(rows)

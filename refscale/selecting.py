@@ -258,8 +258,9 @@ def _shown(corpus: StageFolder, scores: StageFolder, decision: Decision, example
 
 
 def _row_of(table: pa.Table, pair_id: str) -> pa.Table:
-    wanted = pa.scalar(bytes.fromhex(pair_id), pa.binary())
-    return table.filter(pc.equal(table["pair_id"].cast(pa.binary()), wanted))
+    return table.filter(
+        pc.equal(table["pair_id"], pa.scalar(bytes.fromhex(pair_id), pa.binary(16)))
+    )
 
 
 # -- the kept pairs --------------------------------------------------------------------------------
@@ -279,15 +280,9 @@ def keep_pairs(
         encoded = corpus.read_table(
             f"{shard}.parquet", columns=["pair_id", "prompt_ids", "chosen_ids", "rejected_ids"]
         )
-        rows = pc.index_in(
-            scored["pair_id"].cast(pa.binary()), value_set=encoded["pair_id"].cast(pa.binary())
+        encoded = schema.matching_rows(
+            encoded, scored["pair_id"], f"scored pairs of {shard} are not in the corpus"
         )
-        if rows.null_count:
-            raise SelectionError(
-                f"{rows.null_count} scored pairs of {shard} are not in the corpus; the run folder"
-                " mixes two corpora: redo the scores with `refscale score --restart`"
-            )
-        encoded = encoded.take(rows)
         for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
             scored = scored.append_column(name, encoded[name])
         table = schema.conform(scored, schema.SELECTION, "selection")

@@ -1,5 +1,8 @@
 """The demo's corpus: real docstrings, planted flips, a clean holdout on other functions."""
 
+import subprocess
+import sys
+
 import pytest
 
 from refscale.demo import docstring_functions, make_corpus
@@ -31,6 +34,20 @@ def test_no_text_of_the_holdout_is_in_the_training_rows():
 def test_the_same_seed_gives_the_same_corpus_and_another_one_does_not():
     assert make_corpus(50, 10, seed=3) == make_corpus(50, 10, seed=3)
     assert make_corpus(50, 10, seed=3) != make_corpus(50, 10, seed=4)
+
+
+def test_two_processes_make_the_same_corpus():
+    code = (
+        "import hashlib; from refscale.demo import make_corpus;"
+        " print(hashlib.sha256(repr(make_corpus(240, 60)).encode()).hexdigest())"
+    )
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+        ).stdout
+        for _ in range(2)
+    }
+    assert len(digests) == 1
 
 
 def test_more_pairs_than_documented_functions_are_refused():

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from refscale import schema
-from refscale.errors import FingerprintError, SelectionError, StorageError
+from refscale.errors import FingerprintError, SchemaError, SelectionError, StorageError
 from refscale.export import export_selection
 from refscale.stages import StageFolder
 from refscale.storage import Store
@@ -222,5 +222,5 @@ def test_a_pair_that_the_corpus_lacks_is_refused(tmp_path: Path) -> None:
     corpus = StageFolder(store, "corpus")
     table = corpus.read_table("shard-00000.parquet")
     corpus.commit_shard("shard-00000", table.slice(1))
-    with pytest.raises(SelectionError, match="1 selected pairs of shard-00000 are not in"):
+    with pytest.raises(SchemaError, match="1 selected pairs of shard-00000 are not in"):
         export_selection(store, tmp_path / "out")

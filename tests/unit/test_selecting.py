@@ -9,7 +9,7 @@ import pytest
 
 from refscale import schema, selecting
 from refscale.config import SelectConfig
-from refscale.errors import ConfigError, SelectionError
+from refscale.errors import ConfigError, SchemaError, SelectionError
 from refscale.radix import decide
 from refscale.selection import keys_of
 from refscale.stages import FileRecord, StageFolder
@@ -179,7 +179,7 @@ def test_scores_of_another_corpus_are_refused(tmp_path):
     table = corpus.read_table(f"{names[0]}.parquet")
     corpus.commit_shard(names[0], table.slice(5))
     decision = decide_here(scores, names, SelectConfig(fraction=1.0))
-    with pytest.raises(SelectionError, match="not in the corpus"):
+    with pytest.raises(SchemaError, match="not in the corpus"):
         run_keep(tmp_path, corpus, scores, names[:1], decision)
 
 
