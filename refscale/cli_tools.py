@@ -242,8 +242,8 @@ def _judge(url: str | None, model: str | None, key_env: str | None, **more: Any)
     return judge_config(base_url=url, model=model, api_key_env=key_env, **more)
 
 
-def bench(context: typer.Context, question: Annotated[str, typer.Argument()]) -> int:
-    """Answer a benchmark's question: demo, scoring, selection, scale, training, cluster, compare."""
+def bench(context: typer.Context, question: Annotated[str, typer.Argument()] = "") -> int:
+    """Answer a benchmark's question, such as scoring or selection; no name lists them."""
     folder = Path(__file__).resolve().parents[1] / "benchmarks"
     script = folder / f"bench_{question}.py"
     if not script.is_file():
