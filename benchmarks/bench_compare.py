@@ -94,7 +94,7 @@ def compare_corpus(name: str, arguments: argparse.Namespace) -> tuple[list[Row],
     """The rows of one corpus, and facts about it."""
     from refscale.audit import audit
     from refscale.comparison import compare
-    from refscale.config import load_config
+    from refscale.config_file import load_config
     from refscale.storage import Store
 
     folder = Path(arguments.work) / (name if name in corpora.MADE else Path(name).stem)

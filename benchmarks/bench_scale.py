@@ -74,11 +74,12 @@ def drive(pipe: Connection, config: dict[str, Any], run_dir: str) -> None:
 
     from refscale import pipeline
     from refscale.config import parse_config
+    from refscale.run import Run, claim
     from refscale.storage import Store
 
     torch.set_num_threads(1)
-    run = pipeline.Run(Store(run_dir), parse_config(config))
-    pipeline.claim(run)
+    run = Run(Store(run_dir), parse_config(config))
+    claim(run)
     started = time.monotonic()
     _ = run.cluster
     found: dict[str, Any] = {"ray_start_s": time.monotonic() - started}

@@ -22,6 +22,7 @@ from refscale.encoded_pairs import EncodedPairs
 from refscale.progress import say
 from refscale.ray_runtime import disconnect
 from refscale.reference import ReferenceModel
+from refscale.run import Run
 from refscale.stages import FileRecord, StageFolder
 from refscale.storage import Store
 
@@ -42,7 +43,7 @@ def ray_rows(
                 "ray": {"replicas": 1, "cpus_per_replica": threads},
             }
         )
-        run = pipeline.Run(Store(str(Path(work) / "run")), config)
+        run = Run(Store(str(Path(work) / "run")), config)
         tables = _write_corpus(run.folder("corpus"), pairs, arguments.repeats + 1)
         say(f"{corpus}, {dtype}: {len(tables)} shards of {len(pairs)} pairs through Ray")
         try:

@@ -16,7 +16,8 @@ import typer.exceptions
 
 from refscale import __version__, cli_tools
 from refscale.cli_tools import ConfigPath, Debug, Overrides, RunDir, RunPath
-from refscale.config import Config, dump_config, load_config
+from refscale.config import Config, dump_config
+from refscale.config_file import load_config
 from refscale.errors import ConfigError, RefscaleError
 from refscale.locks import RunLock
 from refscale.progress import print_counts, say
@@ -80,7 +81,8 @@ def _work(
     # The resolved config goes into the run folder and the report.
     refuse_secrets(loaded, run_dir)
     # Ray and torch take seconds to import: a wrong config is answered before.
-    from refscale.pipeline import Run, run_stages
+    from refscale.pipeline import run_stages
+    from refscale.run import Run
 
     store = Store(run_dir)
     with RunLock(store):

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from refscale.config import load_config
+from refscale.config_file import load_config
 from refscale.errors import ConfigError
 from refscale.progress import print_table, say
 from refscale.storage import Store

@@ -35,7 +35,7 @@ from refscale.stages import StageFolder
 from refscale.storage import Store
 
 if TYPE_CHECKING:
-    from refscale.pipeline import Run
+    from refscale.run import Run
 
 # Per held-out pair; see `outcomes`.
 OUTCOMES = pa.schema(
@@ -89,11 +89,12 @@ def compare(
     parsed = _checked([parse_arm(text) for text in (arms or grid())], seeds)
     from refscale import pipeline
     from refscale.ray_runtime import disconnect
+    from refscale.run import Run, claim
 
     store = Store(run_dir)
     with RunLock(store):
-        run = pipeline.Run(store, config)
-        pipeline.claim(run)
+        run = Run(store, config)
+        claim(run)
         try:
             corpus, scores = pipeline.prepare(run), pipeline.score(run)
             if not any(file["counts"].get("holdout") for file in corpus["files"]):
@@ -210,6 +211,7 @@ def _run_arm(
 ) -> dict[str, Any]:
     """Select, train and evaluate one arm; the manifest of its results."""
     from refscale import pipeline
+    from refscale.run import claim
 
     store = _arm_store(run.store, arm, seed)
     config = arm_config(run.config, arm, seed)
@@ -225,7 +227,7 @@ def _run_arm(
     }
     if not result.begin(fingerprint):
         say(f"compare   {arm.text}, seed {seed}")
-        pipeline.claim(mine)
+        claim(mine)
         if mine.folder("policy").manifest() is None:
             store.delete("evaluation")  # of a policy that is gone
         selected, trained = pipeline.select(mine), pipeline.train(mine)

@@ -1,13 +1,11 @@
 """The config of a run: one pydantic model per stage, YAML in, resolved YAML out.
 
-Order of precedence: defaults, then the YAML file, then `--set section.key=value`. Unknown keys are
-refused and the nearest known one is named. Nothing here imports torch or ray: `refscale validate`
-and `refscale config` answer at once.
+In: plain data. Out: a Config. Unknown keys are refused and the nearest known one is named. Nothing
+here imports torch or ray: `refscale validate` and `refscale config` answer at once.
 """
 
 import difflib
 import types
-from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
@@ -359,38 +357,12 @@ class Config(Section):
     ray: RayConfig = Field(default_factory=RayConfig)
 
 
-def load_config(path: str, overrides: list[str] | None = None) -> Config:
-    """Read a YAML config and apply `section.key=value` overrides, whose values are YAML.
-
-    Local source and model paths are made absolute: relative ones are relative to the config file.
-
-    Raises:
-        ConfigError: The file cannot be read or parsed, a key is unknown (the nearest is named) or
-            a value is out of its range. One line per defect.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"cannot read the config {path}: {exc}") from exc
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as exc:
-        where = getattr(exc, "problem_mark", None)
-        at = f" at line {where.line + 1}" if where else ""
-        raise ConfigError(f"{path} is not YAML{at}: {getattr(exc, 'problem', exc)}") from exc
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} must be a mapping of sections, got {type(data).__name__}")
-    for override in overrides or []:
-        _apply_override(data, override)
-    config = parse_config(data, path)
-    return _absolute_paths(config, Path(path).resolve().parent)
-
-
 def parse_config(data: dict[str, Any], origin: str = "config") -> Config:
     """A Config from plain data.
 
     Raises:
-        ConfigError: As `load_config`.
+        ConfigError: A key is unknown (the nearest is named) or a value is out of its range.
+            One line per defect.
     """
     try:
         return Config.model_validate(data)
@@ -402,55 +374,6 @@ def parse_config(data: dict[str, Any], origin: str = "config") -> Config:
 def dump_config(config: Config) -> str:
     """The resolved config as YAML, every default written out."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def _apply_override(data: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(f"--set needs section.key=value, got {override!r}")
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as exc:
-        raise ConfigError(f"--set {key}: {value!r} is not a YAML value") from exc
-    # YAML 1.1 reads 1e-5 as a string: a float without a dot.
-    if isinstance(parsed, str):
-        try:
-            parsed = float(parsed) if "e" in parsed.lower() else parsed
-        except ValueError:
-            pass
-    parts = key.strip().split(".")
-    node: Any = data
-    for i, part in enumerate(parts[:-1]):
-        if isinstance(node, list):
-            node = _item(node, part, key)
-            continue
-        if not isinstance(node.get(part), (dict, list)):
-            node[part] = {}
-        node = node[part]
-        if not isinstance(node, (dict, list)):
-            raise ConfigError(f"--set {key}: {'.'.join(parts[: i + 1])} is not a section")
-    if isinstance(node, list):
-        _item(node, parts[-1], key)
-        node[int(parts[-1])] = parsed
-    else:
-        node[parts[-1]] = parsed
-    # One size of a selection replaces another: an override need not null the config's own.
-    sizes = ("fraction", "count", "threshold")
-    if (
-        parts[0] == "select"
-        and parts[-1] in sizes
-        and isinstance(node, dict)
-        and parsed is not None
-    ):
-        for other in sizes:
-            if other != parts[-1]:
-                node.pop(other, None)
-
-
-def _item(items: list[Any], part: str, key: str) -> Any:
-    if not part.isdigit() or int(part) >= len(items):
-        raise ConfigError(f"--set {key}: {part!r} is not an index below {len(items)}")
-    return items[int(part)]
 
 
 def _explain(error: Any) -> str:
@@ -493,35 +416,3 @@ def _model_in(annotation: Any) -> Any:
             if found is not None:
                 return found
     return None
-
-
-def _absolute_paths(config: Config, base: Path) -> Config:
-    def absolute(path: str) -> str:
-        if "://" in path or Path(path).is_absolute():
-            return path
-        return (
-            str(base / Path(path).expanduser())
-            if not path.startswith("~")
-            else str(Path(path).expanduser())
-        )
-
-    sources = [
-        source.model_copy(update={"path": absolute(source.path)}) if source.path else source
-        for source in config.corpus.sources
-    ]
-    model = config.model
-    # A hub id looks like a relative path; it is one only if the folder is there.
-    changes: dict[str, Any] = {}
-    for key in ("model_name_or_path", "adapter", "chat_template"):
-        value = getattr(model, key)
-        if value is None:
-            continue
-        candidate = absolute(value)
-        if key == "chat_template" or Path(candidate).exists() or value.startswith((".", "~", "/")):
-            changes[key] = candidate
-    return config.model_copy(
-        update={
-            "corpus": config.corpus.model_copy(update={"sources": sources}),
-            "model": model.model_copy(update=changes),
-        }
-    )

@@ -224,8 +224,8 @@ def run_mtbench(
         StorageError: The policy is not finished.
         EvaluationError: The judge refuses altogether.
     """
-    from refscale.pipeline import Run
     from refscale.ray_runtime import disconnect
+    from refscale.run import Run
 
     store = Store(run_dir)
     asked = load_questions(questions, references)

@@ -11,7 +11,8 @@ its value. Seconds on a CPU; nothing is downloaded but, for a hub model, its con
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from refscale.config import Config, load_config
+from refscale.config import Config
+from refscale.config_file import load_config
 from refscale.errors import ConfigError
 from refscale.footprint import (
     STAGES,

@@ -23,7 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from refscale.config import Config, dump_config, load_config
+from refscale.config import Config, dump_config
+from refscale.config_file import load_config
 from refscale.errors import ConfigError, RefscaleError
 from refscale.progress import say
 from refscale.secrets import refuse_secrets

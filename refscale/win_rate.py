@@ -25,7 +25,7 @@ from refscale.stages import FileRecord, StageFolder
 from refscale.storage import Store
 
 if TYPE_CHECKING:
-    from refscale.pipeline import Run
+    from refscale.run import Run
 
 _CATEGORY = "holdout"
 _PROMPT_COLUMNS = ["pair_id", "split", "prompt_ids", "conversational", "prompt"]

@@ -11,6 +11,7 @@ from support import string_pairs, write_jsonl
 from refscale import fragments, pipeline, schema, sources
 from refscale.config import parse_config
 from refscale.errors import FingerprintError, TooManyRefusedError
+from refscale.run import Run
 from refscale.storage import Store
 
 pytestmark = pytest.mark.ray
@@ -51,7 +52,7 @@ def test_shards_are_the_same_bytes_in_any_order_and_duplicates_across_units_are_
     tiny_model, corpus, tmp_path, ray_session, monkeypatch
 ):
     cfg = settings(tiny_model, corpus)
-    manifest = pipeline.prepare(pipeline.Run(Store(tmp_path / "run"), cfg))
+    manifest = pipeline.prepare(Run(Store(tmp_path / "run"), cfg))
     counts = manifest["counts"]
     assert counts["read"] == 512
     assert counts["quarantined"] == {"empty_chosen": 1, "missing_field": 1}
@@ -75,7 +76,7 @@ def test_shards_are_the_same_bytes_in_any_order_and_duplicates_across_units_are_
         "run_graph",
         lambda items, steps, **options: run_graph(items[::-1], steps, **options),
     )
-    again = pipeline.prepare(pipeline.Run(Store(tmp_path / "again"), cfg))
+    again = pipeline.prepare(Run(Store(tmp_path / "again"), cfg))
     assert shards(tmp_path / "again") == shards(tmp_path / "run")
     assert again["identity"] == manifest["identity"]
 
@@ -84,7 +85,7 @@ def test_a_stopped_run_goes_on_and_another_corpus_is_refused(
     tiny_model, corpus, tmp_path, ray_session, monkeypatch
 ):
     cfg = settings(tiny_model, corpus)
-    run = pipeline.Run(Store(tmp_path / "run"), cfg)
+    run = Run(Store(tmp_path / "run"), cfg)
     with monkeypatch.context() as patch:
 
         def stopped(*_args):
@@ -97,7 +98,7 @@ def test_a_stopped_run_goes_on_and_another_corpus_is_refused(
     assert len(done) >= 3
     done[0].write_bytes(done[0].read_bytes()[:-20])  # and one fragment is damaged
     manifest = pipeline.prepare(run)
-    whole = pipeline.prepare(pipeline.Run(Store(tmp_path / "whole"), cfg))
+    whole = pipeline.prepare(Run(Store(tmp_path / "whole"), cfg))
     assert manifest["identity"] == whole["identity"]
     assert manifest["counts"] == whole["counts"]
     write_jsonl(corpus / "a.jsonl", string_pairs(10))
@@ -110,5 +111,5 @@ def test_too_many_refused_rows_end_the_run_and_leave_the_quarantine(
 ):
     cfg = settings(tiny_model, corpus, max_bad_fraction=0.001)
     with pytest.raises(TooManyRefusedError, match=r"2 of 512 rows .*quarantine"):
-        pipeline.prepare(pipeline.Run(Store(tmp_path / "run"), cfg))
+        pipeline.prepare(Run(Store(tmp_path / "run"), cfg))
     assert refusals(tmp_path / "run").num_rows == 2

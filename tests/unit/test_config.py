@@ -3,7 +3,8 @@ import json
 import pytest
 import yaml
 
-from refscale.config import Config, dump_config, load_config, parse_config
+from refscale.config import Config, dump_config, parse_config
+from refscale.config_file import load_config
 from refscale.errors import ConfigError
 
 MINIMAL = {"model": {"model_name_or_path": "m"}, "corpus": {"sources": [{"path": "a.jsonl"}]}}

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from refscale import secrets, submission
-from refscale.config import load_config, parse_config
+from refscale.config import parse_config
+from refscale.config_file import load_config
 from refscale.errors import ConfigError, ModelError, StorageError
 from refscale.stages import StageFolder
 from refscale.storage import Store

@@ -1,0 +1,81 @@
+"""What every stage is given: the run's folder, its config and the Ray cluster that it works on.
+
+In: a Store and a Config. Out: stage folders, and the cluster, connected to when first needed.
+"""
+
+from dataclasses import dataclass, field
+
+from refscale.config import Config, dump_config
+from refscale.errors import StorageError
+from refscale.ray_runtime import ClusterInfo, connect
+from refscale.stages import StageFolder
+from refscale.storage import Store
+
+CONFIG_FILE = "config.yaml"
+_CONFIG_HEADER = b"# The resolved config of this run, written by refscale.\n"
+
+
+@dataclass
+class Run:
+    """A run folder, its config, and the Ray it works on (connected to when first needed)."""
+
+    store: Store
+    config: Config
+    restart: frozenset[str] = frozenset()
+    # Another run whose corpus/ and scores/ this one works on: an arm of a comparison.
+    shared: Store | None = None
+    _cluster: ClusterInfo | None = field(default=None, repr=False)
+
+    def folder(self, stage: str) -> StageFolder:
+        """A stage's folder."""
+        if self.shared is not None and stage in ("corpus", "quarantine", "scores"):
+            return StageFolder(self.shared, stage)
+        return StageFolder(self.store, stage)
+
+    @property
+    def cluster(self) -> ClusterInfo:
+        """The Ray cluster; connects to it or starts it."""
+        if self._cluster is None:
+            ray = self.config.ray
+            self._cluster = connect(
+                ray.address,
+                num_cpus=ray.num_cpus,
+                replicas=max(ray.replica_bounds()[1], self.config.train.num_workers),
+                cpus_per_replica=max(ray.cpus_per_replica, ray.cpus_per_worker),
+            )
+        return self._cluster
+
+    def gpus(self, asked: float | None) -> float:
+        """GPUs of a replica or worker: as asked for, else 1 where the cluster has any."""
+        return asked if asked is not None else float(self.cluster.gpus > 0)
+
+    def threads(self, processes: int, cpus_each: float) -> int | None:
+        """Threads of torch in each process; None leaves it to torch and Ray.
+
+        An embedded Ray declares more logical CPUs than there are cores, so the cores are shared
+        out among the processes instead. Ray itself would give each one thread per logical CPU.
+        """
+        if self.cluster.embedded:
+            return max(1, int(cpus_each), self.cluster.physical_cores // processes)
+        return max(1, int(cpus_each))
+
+
+def claim(run: Run) -> None:
+    """Make the folder a run folder, or see that it is one.
+
+    The config of an existing run is replaced only when a stage has accepted the new one.
+
+    Raises:
+        StorageError: Its config.yaml is somebody else's.
+    """
+    if not run.store.exists(CONFIG_FILE):
+        write_config(run)
+    elif not run.store.read_bytes(CONFIG_FILE).startswith(_CONFIG_HEADER):
+        raise StorageError(
+            f"{run.store.uri} holds a {CONFIG_FILE} that is not a run's; choose another --run-dir"
+        )
+
+
+def write_config(run: Run) -> None:
+    """Make the config of this run the folder's."""
+    run.store.write_bytes(CONFIG_FILE, _CONFIG_HEADER + dump_config(run.config).encode())
