@@ -52,7 +52,7 @@ class TimedScorer:
     """A scoring replica that also says when it worked and on what."""
 
     def __init__(self, settings: Any) -> None:
-        from refscale.scoring import ShardScorer
+        from refscale.scoring.shard_scoring import ShardScorer
 
         self._scorer = ShardScorer(settings)
 
@@ -86,7 +86,7 @@ def measure(
     Raises:
         BenchmarkError: Fewer replicas came up than were asked for, or too few shards were there.
     """
-    from refscale.ray_runtime import run_graph
+    from refscale.cluster.runtime import run_graph
 
     begun = time.time()
     results = list(run_graph(items, steps))
@@ -120,7 +120,7 @@ def sleeping(
     replicas: int, *, shard_s: float, shards_each: int, cpus: float, repeats: int
 ) -> dict[str, list[float]]:
     """Figures of sleeping scorers, `repeats` times."""
-    from refscale.ray_runtime import Step
+    from refscale.cluster.runtime import Step
 
     items = [{"shard": f"shard-{i:05d}"} for i in range(replicas * shards_each)]
     scorer = Step(
@@ -135,11 +135,11 @@ def scoring(run_dir: str, replicas: int, *, repeats: int) -> tuple[dict[str, lis
     import ray
     from trl.trainer.utils import get_peak_flops
 
-    from refscale import scoring as engine
+    from refscale.cluster.runtime import Step
     from refscale.config import parse_config
-    from refscale.ray_runtime import Step
-    from refscale.stages import StageFolder
-    from refscale.storage import Store
+    from refscale.scoring import shard_scoring as engine
+    from refscale.storage.stages import StageFolder
+    from refscale.storage.store import Store
 
     store = Store(run_dir)
     config = parse_config(yaml.safe_load(store.read_bytes("config.yaml")))
@@ -206,7 +206,7 @@ def _connect(address: str | None, cpus: int) -> None:
     """Connect, and let workers take this script's classes by value: they cannot import it."""
     from ray import cloudpickle
 
-    from refscale.ray_runtime import connect
+    from refscale.cluster.runtime import connect
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     connect(address, num_cpus=cpus, replicas=1, cpus_per_replica=1)
@@ -310,7 +310,7 @@ def main(argv: list[str] | None = None) -> int:
         row["speedup"] = gain
         row["scaling"] = gain * rows[0]["replicas"] / row["replicas"]
     if not arguments.nodes:
-        from refscale.ray_runtime import disconnect
+        from refscale.cluster.runtime import disconnect
 
         disconnect(force=True)
     kind = "nodes" if arguments.nodes else "scoring" if arguments.run_dir else "overhead"

@@ -92,10 +92,10 @@ def write_corpus(name: str, folder: Path, arguments: argparse.Namespace) -> dict
 
 def compare_corpus(name: str, arguments: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
     """The rows of one corpus, and facts about it."""
-    from refscale.audit import audit
-    from refscale.comparison import compare
     from refscale.config_file import load_config
-    from refscale.storage import Store
+    from refscale.experiments.audit import audit
+    from refscale.experiments.comparison import compare
+    from refscale.storage.store import Store
 
     folder = Path(arguments.work) / (name if name in corpora.MADE else Path(name).stem)
     facts = write_corpus(name, folder, arguments)

@@ -75,7 +75,7 @@ def drive(pipe: Connection, config: dict[str, Any], run_dir: str) -> None:
     from refscale import pipeline
     from refscale.config import parse_config
     from refscale.run import Run, claim
-    from refscale.storage import Store
+    from refscale.storage.store import Store
 
     torch.set_num_threads(1)
     run = Run(Store(run_dir), parse_config(config))

@@ -32,10 +32,10 @@ from common import (
 )
 from scoring_accuracy import accuracy
 
-from refscale.devices import choose_dtype, keep_freed_memory
-from refscale.encoded_pairs import EncodedPairs
-from refscale.packing import plan_packs
 from refscale.progress import say
+from refscale.scoring.devices import choose_dtype, keep_freed_memory
+from refscale.scoring.encoded_pairs import EncodedPairs
+from refscale.scoring.packing import plan_packs
 
 UNITS = {
     "pairs_per_s": "pairs/s",
@@ -349,7 +349,7 @@ def _waiting(
 
 def _needed(model: Any, pairs: EncodedPairs, token_budget: int | None) -> dict[str, float]:
     """Operations and useful tokens of the packed path."""
-    from refscale.flops import Flops
+    from refscale.scoring.flops import Flops
 
     flops = Flops.of(model)
     plan = plan_packs(

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from common import BenchmarkError, load_result, markdown_table, write_result
 
-from refscale.radix import RadixSelect, Tally
-from refscale.selection import Keys, SelectionSpec, rank_bits
+from refscale.selection.order import Keys, SelectionSpec, rank_bits
+from refscale.selection.radix import RadixSelect, Tally
 
 _CHUNK = 1 << 18  # pairs; a task of the cluster's passes holds about as many
 _TIES = 0.9

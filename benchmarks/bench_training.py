@@ -155,7 +155,7 @@ def lengths(name: str, pairs: int, max_length: int, seed: int) -> np.ndarray:
 
 def make_selection(args: argparse.Namespace, name: str, model: Path, path: Path) -> dict[str, Any]:
     """Write random pairs with their reference sums; mean lengths and seconds of scoring."""
-    from refscale.reference import EncodedPairs, ReferenceModel
+    from refscale.scoring.reference import EncodedPairs, ReferenceModel
 
     pairs = args.batch * args.workers * (args.steps + 1)
     counts = lengths(name, pairs, args.max_length, args.seed)
@@ -291,12 +291,12 @@ def rank_main(plan: dict[str, Any]) -> None:
     from transformers.trainer_callback import PrinterCallback
     from trl import DPOConfig, DPOTrainer
 
-    from refscale import packed_dpo
-    from refscale.dpo_trainer import PrecomputedDPOTrainer, peak_memory_gib
-    from refscale.policy import load_policy
-    from refscale.training import WorkerSettings, join_ranks
-    from refscale.training_data import REF_COLUMNS, load_selection
-    from refscale.training_options import Device, dpo_arguments
+    from refscale.training import packed_dpo
+    from refscale.training.data import REF_COLUMNS, load_selection
+    from refscale.training.dpo_trainer import PrecomputedDPOTrainer, peak_memory_gib
+    from refscale.training.options import Device, dpo_arguments
+    from refscale.training.policy import load_policy
+    from refscale.training.worker import WorkerSettings, join_ranks
 
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from refscale.errors import RefscaleError
-from refscale.fingerprints import library_versions
+from refscale.storage.fingerprints import library_versions
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _ROOT = Path(__file__).resolve().parents[1]

@@ -16,10 +16,10 @@ import numpy as np
 import scoring_models
 import torch
 
-from refscale.cpu_products import use_onednn
-from refscale.encoded_pairs import EncodedPairs
-from refscale.padding import padded_batches
-from refscale.reference import ReferenceModel
+from refscale.scoring.cpu_products import use_onednn
+from refscale.scoring.encoded_pairs import EncodedPairs
+from refscale.scoring.padding import padded_batches
+from refscale.scoring.reference import ReferenceModel
 
 Columns = tuple[np.ndarray, np.ndarray]
 Scorer = Callable[[EncodedPairs], Columns]

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from common import BenchmarkError
 
-from refscale.encoded_pairs import EncodedPairs
+from refscale.scoring.encoded_pairs import EncodedPairs
 
 MAX_LENGTH = 1024
 # Log-means and log-deviations of prompt, chosen, rejected tokens.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from common import BenchmarkError
 
-from refscale.cpu_products import use_onednn
+from refscale.scoring.cpu_products import use_onednn
 
 _SHAPES: dict[str, dict[str, Any]] = {
     "smollm2-shape": {

@@ -17,14 +17,14 @@ import torch
 from common import Row, spread
 
 from refscale import pipeline, schema
+from refscale.cluster.runtime import disconnect
 from refscale.config import parse_config
-from refscale.encoded_pairs import EncodedPairs
 from refscale.progress import say
-from refscale.ray_runtime import disconnect
-from refscale.reference import ReferenceModel
 from refscale.run import Run
-from refscale.stages import FileRecord, StageFolder
-from refscale.storage import Store
+from refscale.scoring.encoded_pairs import EncodedPairs
+from refscale.scoring.reference import ReferenceModel
+from refscale.storage.stages import FileRecord, StageFolder
+from refscale.storage.store import Store
 
 
 def ray_rows(

@@ -19,11 +19,11 @@ from refscale.cli_tools import ConfigPath, Debug, Overrides, RunDir, RunPath
 from refscale.config import Config, dump_config
 from refscale.config_file import load_config
 from refscale.errors import ConfigError, RefscaleError
-from refscale.locks import RunLock
 from refscale.progress import print_counts, say
 from refscale.secrets import refuse_secrets
-from refscale.stages import StageFolder
-from refscale.storage import Store
+from refscale.storage.locks import RunLock
+from refscale.storage.stages import StageFolder
+from refscale.storage.store import Store
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -131,7 +131,7 @@ for _name, _doc in (
 def validate(config: ConfigPath, overrides: Overrides = None, debug: Debug = False) -> None:
     """Check config and corpus without Ray or a GPU; print the funnel and every refusal."""
     loaded = load_config(config, overrides)
-    from refscale.preparation import validate_sources
+    from refscale.corpus.preparation import validate_sources
 
     funnel = validate_sources(loaded)
     for refusal in funnel.refusals:

@@ -15,7 +15,7 @@ import typer
 from refscale.config_file import load_config
 from refscale.errors import ConfigError
 from refscale.progress import print_table, say
-from refscale.storage import Store
+from refscale.storage.store import Store
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="The run's config.")]
 RunDir = Annotated[
@@ -67,7 +67,7 @@ def submit(
     debug: Debug = False,
 ) -> int:
     """Run it as a Ray job on a cluster; ends with the job's exit code."""
-    from refscale import submission
+    from refscale.cluster import submission
 
     return submission.submit(
         config,
@@ -100,7 +100,7 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """What a run will take: tokens, GPU hours, memory, replicas, cost; needs no GPU."""
-    from refscale import sizing
+    from refscale.sizing import plan as sizing
 
     assumed = {"scoring_mfu": scoring_mfu, "training_mfu": training_mfu}
     result = sizing.size_run(
@@ -143,7 +143,7 @@ def audit(
     debug: Debug = False,
 ) -> None:
     """List the pairs whose label the reference model doubts most; needs no GPU."""
-    from refscale import audit as audits
+    from refscale.experiments import audit as audits
 
     result = audits.audit(Store(run), limit, flipped_column=flipped_column, split=split)
     audits.print_audit(result, rows=rows)
@@ -176,8 +176,9 @@ def compare(
     debug: Debug = False,
 ) -> None:
     """Train on several selections of one scored corpus and compare what comes out."""
-    from refscale import comparison, comparison_report
-    from refscale.win_rate import win_rate
+    from refscale.evaluation.win_rate import win_rate
+    from refscale.experiments import comparison
+    from refscale.report import comparison_page
 
     extra = None
     if judge_url or judge_model or judge_key_env:
@@ -192,7 +193,7 @@ def compare(
         restart=restart,
         extra=extra,
     )
-    for line in comparison_report.lines(result):
+    for line in comparison_page.lines(result):
         say(line)
     say(f"compare   {Store(run_dir).uri}/comparison.html")
 
@@ -219,7 +220,7 @@ def mtbench(
     debug: Debug = False,
 ) -> None:
     """Rate reference and policy on two-turn questions by a judge, and compare them in pairs."""
-    from refscale import mtbench as bench_module
+    from refscale.evaluation import mtbench as bench_module
 
     result = bench_module.run_mtbench(
         load_config(config, overrides),
@@ -235,7 +236,7 @@ def mtbench(
 
 
 def _judge(url: str | None, model: str | None, key_env: str | None, **more: Any) -> Any:
-    from refscale.judging import judge_config
+    from refscale.evaluation.judge import judge_config
 
     if not url or not model:
         raise ConfigError("a judge needs both --judge-url and --judge-model")

@@ -24,8 +24,8 @@ import pyarrow.compute as pc
 
 from refscale import schema
 from refscale.errors import SelectionError, StorageError
-from refscale.stages import STAGE_FILE, StageFolder
-from refscale.storage import Store
+from refscale.storage.stages import STAGE_FILE, StageFolder
+from refscale.storage.store import Store
 
 EXPORT_FORMAT = 1
 CARD = "README.md"

@@ -8,8 +8,7 @@
     report     everything -> report.html and report.json
 
 Every stage takes the run, skips itself when it is done, refuses a folder made with other settings,
-resumes what was begun, and returns its manifest. Ray is used here, in ray_runtime.py and in
-ray_train.py, and nowhere else.
+resumes what was begun, and returns its manifest. Ray itself is imported in refscale/cluster/ alone.
 """
 
 import json
@@ -20,18 +19,22 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from refscale import evaluation, fragments, preparation, schema, scoring, selecting, summary
+from refscale import schema, summary
+from refscale.cluster.runtime import Step, disconnect, run_graph
+from refscale.cluster.trainer import read_log, train_on_ray
+from refscale.corpus import fragments, preparation
 from refscale.errors import EvaluationError, ScoringError
-from refscale.fingerprints import digest, model_fingerprint
+from refscale.evaluation import holdout
 from refscale.progress import StageProgress, print_counts, print_table, say
-from refscale.radix import RadixSelect, Tally
-from refscale.ray_runtime import Step, disconnect, run_graph
-from refscale.ray_train import read_log, train_on_ray
 from refscale.run import Run, claim, write_config
-from refscale.selection import Decision
-from refscale.stages import FileRecord, StageFolder
-from refscale.strategies import Moments
-from refscale.training_options import WorkerSettings
+from refscale.scoring import shard_scoring
+from refscale.selection import passes
+from refscale.selection.order import Decision
+from refscale.selection.radix import RadixSelect, Tally
+from refscale.selection.strategies import Moments
+from refscale.storage.fingerprints import digest, model_fingerprint
+from refscale.storage.stages import FileRecord, StageFolder
+from refscale.training.options import WorkerSettings
 
 STAGES = ("prepare", "score", "select", "train", "evaluate", "report")
 
@@ -147,7 +150,7 @@ def score(run: Run) -> dict[str, Any]:
         "path": settings.path,
         "quantization": settings.quantization,
         "attn_implementation": settings.attn_implementation,
-        "engine": scoring.engine_version(),
+        "engine": shard_scoring.engine_version(),
     }
     if folder.begin(fingerprint, restart="score" in run.restart):
         return _skipped(folder)
@@ -158,8 +161,8 @@ def score(run: Run) -> dict[str, Any]:
         settings,
         shards,
         folder,
-        scoring.read_pairs(corpus),
-        scoring.publish_scores(folder),
+        shard_scoring.read_pairs(corpus),
+        shard_scoring.publish_scores(folder),
     )
     unscorable = [pair for record in records for pair in record.counts["unscorable"]]
     counts = {
@@ -182,7 +185,7 @@ def score(run: Run) -> dict[str, Any]:
 def _score_shards(
     run: Run,
     label: str,
-    settings: scoring.ScorerSettings,
+    settings: shard_scoring.ScorerSettings,
     shards: dict[str, int],
     folder: StageFolder,
     read: Callable[[dict[str, Any]], dict[str, Any]],
@@ -199,7 +202,7 @@ def _score_shards(
     steps = [
         Step(read, num_cpus=cpus),
         Step(
-            scoring.ShardScorer,
+            shard_scoring.ShardScorer,
             options={"settings": settings},
             pool=config.ray.replica_bounds(),
             num_cpus=config.ray.cpus_per_replica,
@@ -220,14 +223,14 @@ def _score_shards(
     return sorted(records, key=lambda record: record.name)
 
 
-def _scorer_settings(run: Run) -> scoring.ScorerSettings:
+def _scorer_settings(run: Run) -> shard_scoring.ScorerSettings:
     config = run.config
     replicas = config.ray.replica_bounds()[1]
     # One dtype for all replicas: a pool of unlike machines must not mix them.
-    dtype, reason = scoring.resolve_dtype(
+    dtype, reason = shard_scoring.resolve_dtype(
         config.model.dtype, cuda=run.gpus(config.ray.gpus_per_replica) > 0
     )
-    return scoring.ScorerSettings(
+    return shard_scoring.ScorerSettings(
         model_name_or_path=config.model.model_name_or_path,
         revision=config.model.revision,
         dtype=dtype,
@@ -264,10 +267,10 @@ def select(run: Run) -> dict[str, Any]:
         return _skipped(folder)
     names = [_stem(file["name"]) for file in parent["files"]]
     decision = _decide(run, names)
-    found = _pass(run, names, selecting.facts(scores, decision), selecting.Facts())
-    facts = selecting.describe(corpus, scores, decision, found)
+    found = _pass(run, names, passes.facts(scores, decision), passes.Facts())
+    facts = passes.describe(corpus, scores, decision, found)
     keep = Step(
-        selecting.keep_pairs(corpus, scores, folder, decision),
+        passes.keep_pairs(corpus, scores, folder, decision),
         num_cpus=config.ray.cpus_per_task,
     )
     finished = folder.finished_shards()
@@ -278,7 +281,7 @@ def select(run: Run) -> dict[str, Any]:
         for record in _records(run_graph(todo, [keep])):
             records.append(record)
             progress.advance(1)
-    selecting.check(records, decision)
+    passes.check(records, decision)
     shown = json.dumps({"decision": decision.to_json(), **facts}, indent=2).encode()
     record = folder.publish_bytes("selection.json", shown)
     manifest = folder.finish(
@@ -294,19 +297,19 @@ def select(run: Run) -> dict[str, Any]:
 
 def _decide(run: Run, shards: Sequence[str]) -> Decision:
     """The exact decision: as many passes over the score shards as it takes."""
-    scores, spec = run.folder("scores"), selecting.spec_of(run.config.select)
+    scores, spec = run.folder("scores"), passes.spec_of(run.config.select)
     fit = (0.0, 0.0)
     if spec.strategy == "length_adjusted_margin":
-        fit = _pass(run, shards, selecting.moments(scores), Moments()).fit()
+        fit = _pass(run, shards, passes.moments(scores), Moments()).fit()
     search = RadixSelect(spec, fit)
     while not search.done:
-        search.advance(_pass(run, shards, selecting.tally(scores, search, spec, fit), Tally()))
+        search.advance(_pass(run, shards, passes.tally(scores, search, spec, fit), Tally()))
     return search.decision()
 
 
 def _pass(run: Run, shards: Sequence[str], look: Callable[[Sequence[str]], Any], zero: Any) -> Any:
     """The sum of `look` over the shards: here if they are few, else as tasks on the cluster."""
-    groups = selecting.chunks(shards)
+    groups = passes.chunks(shards)
     if len(groups) == 1:
         return look(groups[0])
 
@@ -465,21 +468,21 @@ def evaluate(run: Run) -> dict[str, Any]:
         settings,
         held,
         folder,
-        scoring.read_pairs(corpus, holdout_up_to=last),
-        scoring.publish_evaluation(folder, scores),
+        shard_scoring.read_pairs(corpus, holdout_up_to=last),
+        shard_scoring.publish_evaluation(folder, scores),
     )
     facts: dict[str, Any] = {"beta": config.train.beta}
     if held:
         table = summary.read_all(folder, records, schema.EVALUATION)
         if not table.num_rows:
             raise EvaluationError("none of the holdout pairs could be scored by the policy")
-        facts.update(evaluation.evaluate_pairs(table, config.train.beta, seed=config.train.seed))
+        facts.update(holdout.evaluate_pairs(table, config.train.beta, seed=config.train.seed))
     if config.evaluate.flipped_column:
         decision = Decision.from_json(
             run.store.read_json(run.folder("selection").file("selection.json"))["decision"]
         )
         shards = [_stem(file["name"]) for file in scored["files"]]
-        facts["purity"] = selecting.purity(
+        facts["purity"] = passes.purity(
             corpus, scores, shards, decision, config.evaluate.flipped_column
         )
     manifest = folder.finish(
@@ -498,7 +501,7 @@ def evaluate(run: Run) -> dict[str, Any]:
 
 def report(run: Run) -> dict[str, Any]:
     """Write report.html and report.json from what is there; also for an unfinished run."""
-    from refscale.report import collect, render_html, report_json
+    from refscale.report.render import collect, render_html, report_json
 
     data = collect(run.store, run.config)
     values = report_json(data)

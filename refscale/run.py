@@ -5,11 +5,11 @@ In: a Store and a Config. Out: stage folders, and the cluster, connected to when
 
 from dataclasses import dataclass, field
 
+from refscale.cluster.runtime import ClusterInfo, connect
 from refscale.config import Config, dump_config
 from refscale.errors import StorageError
-from refscale.ray_runtime import ClusterInfo, connect
-from refscale.stages import StageFolder
-from refscale.storage import Store
+from refscale.storage.stages import StageFolder
+from refscale.storage.store import Store
 
 CONFIG_FILE = "config.yaml"
 _CONFIG_HEADER = b"# The resolved config of this run, written by refscale.\n"

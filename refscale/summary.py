@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from refscale import schema
-from refscale.stages import FileRecord, StageFolder
+from refscale.storage.stages import FileRecord, StageFolder
 
 Lines = list[tuple[str, str]]
 

@@ -21,7 +21,7 @@ def tiny_model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def ray_session():
     """One embedded Ray for all tests that need it; more logical CPUs than cores."""
-    from refscale.ray_runtime import connect, disconnect
+    from refscale.cluster.runtime import connect, disconnect
 
     connect(None, num_cpus=8, replicas=2, cpus_per_replica=1)
     yield

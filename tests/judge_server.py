@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from refscale.judging import JudgeConfig
+from refscale.evaluation.judge import JudgeConfig
 
 
 @dataclass

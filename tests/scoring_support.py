@@ -7,8 +7,8 @@ import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from refscale.packing import make_packs
-from refscale.reference import EncodedPairs
+from refscale.scoring.packing import make_packs
+from refscale.scoring.reference import EncodedPairs
 
 VOCAB = 101
 COMMON = {

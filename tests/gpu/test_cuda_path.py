@@ -14,9 +14,9 @@ from scoring_support import (
     tensors,
 )
 
-from refscale import attention
-from refscale.attention import Layout, layout, packed_attention
-from refscale.reference import EncodedPairs, ReferenceModel
+from refscale.scoring import attention
+from refscale.scoring.attention import Layout, layout, packed_attention
+from refscale.scoring.reference import EncodedPairs, ReferenceModel
 
 pytestmark = [
     pytest.mark.gpu,

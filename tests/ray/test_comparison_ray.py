@@ -5,12 +5,12 @@ from judge_server import JudgeServer
 from support import string_pairs, write_jsonl
 
 from refscale import pipeline
-from refscale.comparison import compare
 from refscale.config import parse_config
 from refscale.errors import FingerprintError
-from refscale.stages import StageFolder
-from refscale.storage import Store
-from refscale.win_rate import win_rate
+from refscale.evaluation.win_rate import win_rate
+from refscale.experiments.comparison import compare
+from refscale.storage.stages import StageFolder
+from refscale.storage.store import Store
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

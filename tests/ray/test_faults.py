@@ -20,11 +20,11 @@ import ray
 import yaml
 from support import save_tiny_llama, string_pairs, write_jsonl
 
-from refscale import scoring
 from refscale.cli import main
-from refscale.locks import LOCK, RunLock
-from refscale.stages import StageFolder
-from refscale.storage import Store
+from refscale.scoring import shard_scoring
+from refscale.storage.locks import LOCK, RunLock
+from refscale.storage.stages import StageFolder
+from refscale.storage.store import Store
 
 pytestmark = pytest.mark.ray
 
@@ -153,7 +153,7 @@ def test_killed_driver_is_resumed_by_the_same_command(
     assert published(run) == files
 
 
-class Dying(scoring.ShardScorer):
+class Dying(shard_scoring.ShardScorer):
     """Dies at the third shard of a replica's life, the first time that happens anywhere."""
 
     marker = ""
@@ -173,13 +173,13 @@ class Dying(scoring.ShardScorer):
 def test_scoring_actor_that_dies_loses_nothing(undisturbed, tmp_path, monkeypatch):
     config, _, files = undisturbed
     marker = str(tmp_path / "died")
-    monkeypatch.setattr(scoring, "ShardScorer", type("Dying", (Dying,), {"marker": marker}))
+    monkeypatch.setattr(shard_scoring, "ShardScorer", type("Dying", (Dying,), {"marker": marker}))
     assert run_stages(config, tmp_path / "run") == 0
     assert os.path.exists(marker)
     assert published(tmp_path / "run") == files
 
 
-class DyingAlways(scoring.ShardScorer):
+class DyingAlways(shard_scoring.ShardScorer):
     def __call__(self, item):
         os._exit(1)
 
@@ -189,7 +189,7 @@ def test_scoring_actor_that_always_dies_is_an_error_and_the_run_resumes(
 ):
     config, _, files = undisturbed
     with monkeypatch.context() as patch:
-        patch.setattr(scoring, "ShardScorer", DyingAlways)
+        patch.setattr(shard_scoring, "ShardScorer", DyingAlways)
         assert run_stages(config, tmp_path / "run") == 1
     assert "worker process failed" in capsys.readouterr().err
     assert run_stages(config, tmp_path / "run") == 0

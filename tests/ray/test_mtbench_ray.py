@@ -7,10 +7,10 @@ import pytest
 from judge_server import JudgeServer, Reply
 
 from refscale.config import parse_config
-from refscale.generation import Generator, GeneratorSettings
-from refscale.mtbench import run_mtbench
-from refscale.stages import StageFolder
-from refscale.storage import Store
+from refscale.evaluation.generation import Generator, GeneratorSettings
+from refscale.evaluation.mtbench import run_mtbench
+from refscale.storage.stages import StageFolder
+from refscale.storage.store import Store
 
 pytestmark = pytest.mark.ray
 

@@ -7,11 +7,12 @@ import time
 import pyarrow as pa
 import pytest
 
-from refscale import locks, storage
 from refscale.errors import ConfigError, RunLockedError, StorageError
-from refscale.locks import LOCK, RunLock
-from refscale.stages import StageFolder
-from refscale.storage import Store
+from refscale.storage import locks
+from refscale.storage import store as storage
+from refscale.storage.locks import LOCK, RunLock
+from refscale.storage.stages import StageFolder
+from refscale.storage.store import Store
 
 TABLE = pa.table({"x": list(range(1000))})
 

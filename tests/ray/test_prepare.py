@@ -8,11 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 from support import string_pairs, write_jsonl
 
-from refscale import fragments, pipeline, schema, sources
+from refscale import pipeline, schema
 from refscale.config import parse_config
+from refscale.corpus import fragments, sources
 from refscale.errors import FingerprintError, TooManyRefusedError
 from refscale.run import Run
-from refscale.storage import Store
+from refscale.storage.store import Store
 
 pytestmark = pytest.mark.ray
 

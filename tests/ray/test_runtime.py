@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import ray
 
+from refscale.cluster.runtime import Step, run_graph
 from refscale.errors import ModelError, RefscaleError, ScoringError
-from refscale.ray_runtime import Step, run_graph
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -217,7 +217,7 @@ _DRIVER = """
     import signal, sys, time
     sys.path.insert(0, {root!r})
     from refscale import cli
-    from refscale.ray_runtime import Step, connect, disconnect, run_graph
+    from refscale.cluster.runtime import Step, connect, disconnect, run_graph
 
     def slow(item):
         open({marker!r}, "w").close()

@@ -38,7 +38,7 @@ class LoopbackCluster:
         code = (
             "import json, sys\n"
             "from refscale.errors import RefscaleError\n"
-            "from refscale.submission import submit\n"
+            "from refscale.cluster.submission import submit\n"
             "args = json.loads(sys.argv[1])\n"
             "try:\n"
             "    sys.exit(submit(args[0], args[1], args[3:], address=args[2], stage='prepare'))\n"

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from test_training_zero import Trained, assert_same_policy, settings_of, trained
 
-from refscale import ray_train
+from refscale.cluster import trainer
+from refscale.cluster.trainer import train_on_ray
 from refscale.config import TrainConfig
 from refscale.errors import ConfigError, TrainingError
-from refscale.ray_train import train_on_ray
-from refscale.stages import StageFolder
-from refscale.storage import Store
-from refscale.training_log import read_log
-from refscale.training_options import WorkerSettings
+from refscale.storage.stages import StageFolder
+from refscale.storage.store import Store
+from refscale.training.log import read_log
+from refscale.training.options import WorkerSettings
 
 __all__ = ["trained"]  # a fixture, which pytest finds by its name here
 
@@ -68,7 +68,7 @@ def dying(loop: Callable, kills: dict[int, Path]) -> Callable:
     """`loop`, but rank 1 is killed in each of the steps of `kills`, once: a file remembers."""
 
     def dying_loop(config: dict[str, Any]) -> Any:
-        from refscale.dpo_trainer import PrecomputedDPOTrainer
+        from refscale.training.dpo_trainer import PrecomputedDPOTrainer
 
         training_step = PrecomputedDPOTrainer.training_step
 
@@ -93,7 +93,7 @@ def test_killed_workers_and_a_new_driver_end_with_the_weights_of_an_undisturbed_
     settings = worker_settings(trained.inputs, tmp_path, report_to=["tensorboard"])
     kills = {5: tmp_path / "first", 6: tmp_path / "second"}
     with monkeypatch.context() as patch:
-        patch.setattr(ray_train, "_train_loop", dying(ray_train._train_loop, kills))
+        patch.setattr(trainer, "_train_loop", dying(trainer._train_loop, kills))
         with pytest.raises(TrainingError, match="the same command resumes from the last"):
             train(tmp_path, settings, max_failures=1)
     assert all(mark.exists() for mark in kills.values())

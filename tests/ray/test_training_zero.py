@@ -139,7 +139,7 @@ def rank_main(plan: Path) -> None:
     import torch
 
     from refscale.config import TrainConfig
-    from refscale.training import WorkerSettings, run_worker
+    from refscale.training.worker import WorkerSettings, run_worker
 
     results = []
     for run in json.loads(plan.read_text()):

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from scoring_support import ATTENTION_CASES, dense, make_segments, tensors, visible
 
-from refscale import attention
-from refscale.attention import Layout, layout, packed_attention
+from refscale.scoring import attention
+from refscale.scoring.attention import Layout, layout, packed_attention
 
 
 def varlen_by_segment(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, **more):

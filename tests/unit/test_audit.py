@@ -8,11 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from refscale import schema
-from refscale.audit import AUDIT, audit, audit_lines, doubt_quality, print_audit
 from refscale.errors import ConfigError, StorageError
+from refscale.experiments.audit import AUDIT, audit, audit_lines, doubt_quality, print_audit
 from refscale.progress import console
-from refscale.stages import StageFolder
-from refscale.storage import Store
+from refscale.storage.stages import StageFolder
+from refscale.storage.store import Store
 
 
 def make_run(folder, margins, *, shards=3, flipped=None, prompt="p", held=()):

@@ -5,12 +5,12 @@ import pyarrow as pa
 import pytest
 
 from refscale import schema
-from refscale.arms import FULL, Arm, arm_config, grid, parse_arm
-from refscale.comparison import MEASURES, _matrices, compare, outcomes
-from refscale.comparison_report import lines, render_html, verdicts
-from refscale.comparison_statistics import summarise
 from refscale.config import parse_config
 from refscale.errors import ConfigError, EvaluationError
+from refscale.experiments.arms import FULL, Arm, arm_config, grid, parse_arm
+from refscale.experiments.comparison import MEASURES, _matrices, compare, outcomes
+from refscale.experiments.statistics import summarise
+from refscale.report.comparison_page import lines, render_html, verdicts
 
 CONFIG = {
     "model": {"model_name_or_path": "m"},

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refscale.corpus import LEFT_OUT, REASONS, Pair, Refusal, fraction_of, passthrough
+from refscale.corpus.pairs import LEFT_OUT, REASONS, Pair, Refusal, fraction_of, passthrough
+from refscale.corpus.shapes import canonical_pair, detect_shape, implicit_prompt
 from refscale.errors import CorpusError
-from refscale.shapes import canonical_pair, detect_shape, implicit_prompt
 
 USER = {"role": "user", "content": "Which?"}
 YES, NO = ({"role": "assistant", "content": text} for text in ("This one.", "That one."))

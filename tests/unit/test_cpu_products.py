@@ -4,8 +4,8 @@ import pytest
 import torch
 from scoring_support import PACKED, build
 
-from refscale import cpu_products
-from refscale.cpu_products import use_onednn
+from refscale.scoring import cpu_products
+from refscale.scoring.cpu_products import use_onednn
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 from support import CHATML, byte_tokenizer
 
-from refscale.corpus import Pair, Refusal
-from refscale.encoding import Encoded, Encoder, EncoderSettings, common_prefix_length
+from refscale.corpus.encoding import Encoded, Encoder, EncoderSettings, common_prefix_length
+from refscale.corpus.pairs import Pair, Refusal
+from refscale.corpus.shapes import canonical_pair
 from refscale.errors import ModelError
-from refscale.shapes import canonical_pair
 
 WORDS = "the cat sat on a mat yes no indeed blue 42 naïve\n\nend".split(" ")
 

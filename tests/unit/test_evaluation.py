@@ -7,9 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from refscale import evaluation, schema
+from refscale import schema
 from refscale.errors import EvaluationError, SchemaError
-from refscale.evaluation import evaluate_pairs, label_purity
+from refscale.evaluation import holdout
+from refscale.evaluation.holdout import evaluate_pairs, label_purity
 
 
 def table(rows: list[tuple]) -> pa.Table:
@@ -83,9 +84,9 @@ def test_the_bootstrap_interval_matches_the_binomial_one() -> None:
 
 def test_many_pairs_take_the_normal_interval_which_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"x": np.random.default_rng(0).normal(size=2000)}
-    bootstrap = evaluation._means(values, seed=0)["x"]
-    monkeypatch.setattr(evaluation, "_BOOTSTRAP_PAIRS", 10)
-    normal = evaluation._means(values, seed=0)["x"]
+    bootstrap = holdout._means(values, seed=0)["x"]
+    monkeypatch.setattr(holdout, "_BOOTSTRAP_PAIRS", 10)
+    normal = holdout._means(values, seed=0)["x"]
     width = normal["high"] - normal["low"]
     # 2 * 1.96 / sqrt(2000) = 0.0877
     assert width == pytest.approx(0.0877, rel=0.05)
@@ -135,10 +136,10 @@ def test_label_purity_equals_that_derived_by_hand() -> None:
 
 def test_wilson_interval_equals_the_published_value() -> None:
     # 81 of 263, Newcombe (1998), table I, method 3: 0.2553 to 0.3662
-    estimate = evaluation._wilson(81, 263)
+    estimate = holdout._wilson(81, 263)
     assert estimate["low"] == pytest.approx(0.2553, abs=1e-4)
     assert estimate["high"] == pytest.approx(0.3662, abs=1e-4)
-    assert evaluation._wilson(10, 10)["high"] == 1.0
+    assert holdout._wilson(10, 10)["high"] == 1.0
 
 
 def test_the_random_control_averages_to_the_corpus() -> None:
@@ -176,7 +177,7 @@ def test_impossible_purity_inputs_are_refused(
 
 def test_importing_evaluation_imports_neither_torch_nor_ray() -> None:
     code = (
-        "import sys, refscale.evaluation; assert not {'torch', 'ray'} & set(sys.modules),"
+        "import sys, refscale.evaluation.holdout; assert not {'torch', 'ray'} & set(sys.modules),"
         " 'evaluation must stay light'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

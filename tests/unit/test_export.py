@@ -13,8 +13,8 @@ import pytest
 from refscale import schema
 from refscale.errors import FingerprintError, SchemaError, SelectionError, StorageError
 from refscale.export import export_selection
-from refscale.stages import StageFolder
-from refscale.storage import Store
+from refscale.storage.stages import StageFolder
+from refscale.storage.store import Store
 
 FACTS = {
     "strategy": "mean_margin",

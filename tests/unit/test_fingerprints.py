@@ -3,7 +3,7 @@
 import pytest
 
 from refscale.errors import StorageError
-from refscale.fingerprints import digest, file_sha256, first_difference, model_fingerprint
+from refscale.storage.fingerprints import digest, file_sha256, first_difference, model_fingerprint
 
 
 def test_first_difference_names_the_nested_field():

@@ -13,8 +13,14 @@ import pytest
 from judge_server import JudgeServer, Reply
 
 from refscale.errors import ConfigError, EvaluationError
-from refscale.judging import Judge, JudgeConfig, judge_config, parse_preference, parse_rating
-from refscale.storage import Store
+from refscale.evaluation.judge import (
+    Judge,
+    JudgeConfig,
+    judge_config,
+    parse_preference,
+    parse_rating,
+)
+from refscale.storage.store import Store
 
 
 def conversation(text):
@@ -230,8 +236,8 @@ def test_a_damaged_file_of_the_cache_is_asked_again(tmp_path):
 
 KILLED = """
 import sys
-from refscale.judging import Judge, JudgeConfig
-from refscale.storage import Store
+from refscale.evaluation.judge import Judge, JudgeConfig
+from refscale.storage.store import Store
 config = JudgeConfig(base_url=sys.argv[1], model="scripted", concurrency=2)
 conversations = [[{"role": "user", "content": str(i)}] for i in range(40)]
 Judge(config, Store(sys.argv[2])).ask(conversations)

@@ -9,10 +9,10 @@ import time
 
 import pytest
 
-from refscale import locks
 from refscale.errors import RunLockedError
-from refscale.locks import LOCK, RunLock
-from refscale.storage import Store
+from refscale.storage import locks
+from refscale.storage.locks import LOCK, RunLock
+from refscale.storage.store import Store
 
 
 @pytest.fixture(autouse=True)

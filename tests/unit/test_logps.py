@@ -6,8 +6,8 @@ import pytest
 import torch
 from scoring_support import LargestTensor
 
-from refscale import logps
-from refscale.logps import (
+from refscale.scoring import logps
+from refscale.scoring.logps import (
     Head,
     logps_of_logits,
     sequence_logps,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from refscale import metrics
+from refscale.cluster import metrics
 
 COUNTS = {
     "pairs": 10,
@@ -77,7 +77,7 @@ def test_every_call_uses_the_declared_tags(recorded):
 
 def test_without_ray_nothing_is_imported_and_nothing_happens():
     code = (
-        "import json, sys; from refscale import metrics;"
+        "import json, sys; from refscale.cluster import metrics;"
         "metrics.report_shard(json.loads(sys.argv[1])); metrics.report_refusals({'x': 1});"
         "sys.exit('ray' in sys.modules)"
     )

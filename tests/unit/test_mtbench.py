@@ -10,12 +10,12 @@ from judge_server import JudgeServer, Reply
 from support import write_jsonl
 
 from refscale.errors import ConfigError, EvaluationError, ModelError
-from refscale.generation import CompletionStep, Generator, GeneratorSettings
-from refscale.grading import compare, grade
-from refscale.judging import Judge
-from refscale.mtbench import TEMPERATURES, Answerer, answer_items, lengths
-from refscale.questions import Answer, Question, load_judge_prompts, load_questions
-from refscale.storage import Store
+from refscale.evaluation.generation import CompletionStep, Generator, GeneratorSettings
+from refscale.evaluation.grading import compare, grade
+from refscale.evaluation.judge import Judge
+from refscale.evaluation.mtbench import TEMPERATURES, Answerer, answer_items, lengths
+from refscale.evaluation.questions import Answer, Question, load_judge_prompts, load_questions
+from refscale.storage.store import Store
 
 CATEGORIES = "writing roleplay reasoning math coding extraction stem humanities".split()
 

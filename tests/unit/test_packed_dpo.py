@@ -26,9 +26,9 @@ from transformers import (
 )
 from trl.trainer.utils import add_fused_lm_head
 
-from refscale import packed_dpo
 from refscale.errors import TrainingError
-from refscale.packed_dpo import PackedCollator, install, pack_pairs, refusal
+from refscale.training import packed_dpo
+from refscale.training.packed_dpo import PackedCollator, install, pack_pairs, refusal
 
 # Fixtures of test_training, which pytest finds by their names here.
 __all__ = ["model_dir", "rows", "settings"]

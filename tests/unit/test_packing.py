@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refscale.packing import Pack, key_index, make_packs, plan_packs
+from refscale.scoring.packing import Pack, key_index, make_packs, plan_packs
 
 
 def ids(*tokens):

@@ -15,19 +15,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import string_pairs, write_jsonl
 
-from refscale import planning, reading, schema, sources
+from refscale import schema
 from refscale.config import parse_config
-from refscale.corpus import REASONS
-from refscale.counts import Counts
-from refscale.errors import CorpusError, ModelError, SchemaError, TooManyRefusedError
-from refscale.preparation import (
+from refscale.corpus import planning, reading, sources
+from refscale.corpus.counts import Counts
+from refscale.corpus.pairs import REASONS
+from refscale.corpus.preparation import (
     check_refused,
     plan,
     prepare_unit,
     settle_bucket,
     validate_sources,
 )
-from refscale.settling import PREPARED
+from refscale.corpus.settling import PREPARED
+from refscale.errors import CorpusError, ModelError, SchemaError, TooManyRefusedError
 
 USER = {"role": "user", "content": "Which?"}
 YES, NO = ({"role": "assistant", "content": text} for text in ("This one.", "That one."))
@@ -376,7 +377,7 @@ def test_a_source_without_pairs_is_an_error(tiny_model, tmp_path, text, message)
 
 
 def test_preparing_imports_neither_ray_nor_torch():
-    code = "import refscale.preparation, sys; print({'ray', 'torch'} & set(sys.modules))"
+    code = "import refscale.corpus.preparation, sys; print({'ray', 'torch'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
 

@@ -6,19 +6,19 @@ import pytest
 import torch
 from scoring_support import PACKED, PADDED, LargestTensor, build, make_pairs, own_sums
 
-from refscale import attention, forward, logps
-from refscale.devices import choose_dtype, default_budget, is_out_of_memory
 from refscale.errors import ModelError
-from refscale.flops import Flops
-from refscale.forward import Forward
-from refscale.padding import padded_batches
-from refscale.reference import (
+from refscale.scoring import attention, forward, logps
+from refscale.scoring.devices import choose_dtype, default_budget, is_out_of_memory
+from refscale.scoring.flops import Flops
+from refscale.scoring.forward import Forward
+from refscale.scoring.padding import padded_batches
+from refscale.scoring.reference import (
     NONFINITE,
     OUT_OF_MEMORY,
     EncodedPairs,
     ReferenceModel,
 )
-from refscale.self_check import checked_pairs, error_budget
+from refscale.scoring.self_check import checked_pairs, error_budget
 
 
 def ids(*tokens):
@@ -447,7 +447,7 @@ def test_a_model_says_what_was_chosen_and_why(tiny_model):
     ids=str,
 )
 def test_dtype_follows_the_cpus_flags(monkeypatch, flags, dtype):
-    monkeypatch.setattr("refscale.devices._cpu_flags", lambda: flags)
+    monkeypatch.setattr("refscale.scoring.devices._cpu_flags", lambda: flags)
     chosen, reason = choose_dtype("auto", "cpu")
     assert chosen == dtype
     assert all(flag in reason for flag in flags & {"avx512_bf16", "amx_bf16"})

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scoring_support import PACKED, PADDED, build, make_pairs, own_sums
 
-from refscale import attention
-from refscale.reference import ReferenceModel
+from refscale.scoring import attention
+from refscale.scoring.reference import ReferenceModel
 
 
 def check(reference, pairs, tolerance=1e-3):

@@ -12,15 +12,17 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from refscale import plots, schema, selecting, summary
+from refscale import schema, summary
 from refscale.config import Config
-from refscale.counts import Counts
-from refscale.evaluation import evaluate_pairs, label_purity
-from refscale.radix import decide
-from refscale.report import collect, render_html, report_json, turns
-from refscale.selection import keys_of
-from refscale.stages import FileRecord, StageFolder
-from refscale.storage import Store
+from refscale.corpus.counts import Counts
+from refscale.evaluation.holdout import evaluate_pairs, label_purity
+from refscale.report import plots
+from refscale.report.render import collect, render_html, report_json, turns
+from refscale.selection import passes
+from refscale.selection.order import keys_of
+from refscale.selection.radix import decide
+from refscale.storage.stages import FileRecord, StageFolder
+from refscale.storage.store import Store
 
 HOSTILE = (
     "<script>alert(1)</script></details></pre><img src=x onerror=alert(2)>"
@@ -185,11 +187,11 @@ def _score(store, rows):
 
 def _select(store, config):
     corpus, scores = StageFolder(store, "corpus"), StageFolder(store, "scores")
-    spec = selecting.spec_of(config.select)
-    keys = keys_of(selecting._train_scores(scores, "shard-00000"), spec)
+    spec = passes.spec_of(config.select)
+    keys = keys_of(passes._train_scores(scores, "shard-00000"), spec)
     decision = decide(lambda: [keys], spec)
-    facts = selecting.facts(scores, decision)(["shard-00000"])
-    shown = selecting.describe(corpus, scores, decision, facts)
+    facts = passes.facts(scores, decision)(["shard-00000"])
+    shown = passes.describe(corpus, scores, decision, facts)
     folder = StageFolder(store, "selection")
     text = json.dumps({"decision": decision.to_json(), **shown}).encode()
     folder.publish_bytes("selection.json", text)
@@ -230,9 +232,7 @@ def _train(store):
 def _evaluate(store, rows, decision, config):
     held = [row for row in rows if row["split"] == schema.HOLDOUT]
     facts = evaluate_pairs(_table(held, schema.EVALUATION), config.train.beta)
-    keys = keys_of(
-        selecting._train_scores(StageFolder(store, "scores"), "shard-00000"), decision.spec
-    )
+    keys = keys_of(passes._train_scores(StageFolder(store, "scores"), "shard-00000"), decision.spec)
     train = [row for row in rows if row["split"] == schema.TRAIN]
     flipped = np.array([json.loads(row["passthrough"])["flipped"] for row in train])
     facts["purity"] = label_purity(flipped, decision.mask(keys), keys.values)
@@ -508,8 +508,8 @@ def test_plots_escape_names_and_survive_single_values():
 
 def test_the_report_needs_neither_torch_nor_ray():
     code = (
-        "import sys, refscale.report; print([m for m in ('torch', 'ray', 'transformers') if m in"
-        " sys.modules])"
+        "import sys, refscale.report.render;"
+        "print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

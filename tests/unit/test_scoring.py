@@ -7,9 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from refscale import schema, scoring
+from refscale import schema
 from refscale.errors import ScoringError
-from refscale.scoring import (
+from refscale.scoring import shard_scoring
+from refscale.scoring.shard_scoring import (
     ScorerSettings,
     ShardScorer,
     publish_evaluation,
@@ -18,8 +19,8 @@ from refscale.scoring import (
     table_from_bytes,
     table_to_bytes,
 )
-from refscale.stages import StageFolder
-from refscale.storage import Store
+from refscale.storage.stages import StageFolder
+from refscale.storage.store import Store
 
 PAIRS = 12
 SIDES = ("chosen", "rejected")
@@ -214,6 +215,6 @@ def test_policy_is_a_plain_model_of_its_own(settings):
 
 
 def test_dtype_is_resolved_to_a_plain_name():
-    assert scoring.resolve_dtype("float32", cuda=False) == ("float32", "asked for")
-    dtype, reason = scoring.resolve_dtype("auto", cuda=False)
+    assert shard_scoring.resolve_dtype("float32", cuda=False) == ("float32", "asked for")
+    dtype, reason = shard_scoring.resolve_dtype("auto", cuda=False)
     assert dtype in ("float32", "bfloat16") and "this CPU has" in reason

@@ -9,18 +9,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-from refscale import secrets, submission
+from refscale import secrets
+from refscale.cluster import submission
 from refscale.config import parse_config
 from refscale.config_file import load_config
 from refscale.errors import ConfigError, ModelError, StorageError
-from refscale.stages import StageFolder
-from refscale.storage import Store
+from refscale.storage.stages import StageFolder
+from refscale.storage.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = sorted((ROOT / "refscale").glob("*.py"))
+SOURCES = sorted((ROOT / "refscale").rglob("*.py"))
 CANARY = "hf_canary0123456789"
 # Modules that exchange objects between processes of one run, never through a file.
-_MESSAGES = ("pipeline.py", "ray_runtime.py")
+_MESSAGES = ("pipeline.py", "runtime.py")
 
 
 def make_config(**sections):
@@ -39,7 +40,7 @@ def calls(path):
             yield ast.unparse(node.func), node
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_file_is_unpickled_and_no_text_evaluated(path):
     forbidden = re.compile(
         r"(^|\.)(pickle|cloudpickle|dill|joblib|marshal|shelve)\."
@@ -56,7 +57,7 @@ def test_no_file_is_unpickled_and_no_text_evaluated(path):
             assert keywords.get("weights_only") == "True", f"{path.name}:{node.lineno}"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_remote_code_and_runtime_environments_are_never_switched_on_in_code(path):
     for name, node in calls(path):
         for keyword in node.keywords:
@@ -75,7 +76,7 @@ def test_remote_code_is_off_by_default():
 def test_a_model_that_is_a_pickle_is_refused(tmp_path, tiny_model):
     import torch
 
-    from refscale.reference import ReferenceModel
+    from refscale.scoring.reference import ReferenceModel
 
     for file in tiny_model.iterdir():
         if file.suffix != ".safetensors":

@@ -7,13 +7,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from refscale import schema, selecting
+from refscale import schema
 from refscale.config import SelectConfig
 from refscale.errors import ConfigError, SchemaError, SelectionError
-from refscale.radix import decide
-from refscale.selection import keys_of
-from refscale.stages import FileRecord, StageFolder
-from refscale.storage import Store
+from refscale.selection import passes
+from refscale.selection.order import keys_of
+from refscale.selection.radix import decide
+from refscale.storage.stages import FileRecord, StageFolder
+from refscale.storage.store import Store
 
 
 def make_run(root, num_pairs=200, shard_pairs=30, *, seed=0, flipped=True):
@@ -61,14 +62,14 @@ def make_run(root, num_pairs=200, shard_pairs=30, *, seed=0, flipped=True):
 
 def decide_here(scores, names, config):
     """What the pipeline does, in one process."""
-    spec = selecting.spec_of(config)
+    spec = passes.spec_of(config)
     fit = (0.0, 0.0)
     if spec.strategy == "length_adjusted_margin":
-        fit = selecting.moments(scores)(names).fit()
+        fit = passes.moments(scores)(names).fit()
 
     def shards():
         for name in names:
-            yield keys_of(selecting._train_scores(scores, name), spec, fit)
+            yield keys_of(passes._train_scores(scores, name), spec, fit)
 
     return decide(shards, spec, fit)
 
@@ -80,7 +81,7 @@ def kept_ids(selection, records):
 
 def run_keep(root, corpus, scores, names, decision):
     selection = StageFolder(Store(root), "selection")
-    keep = selecting.keep_pairs(corpus, scores, selection, decision)
+    keep = passes.keep_pairs(corpus, scores, selection, decision)
     records = [FileRecord.from_dict(json.loads(keep({"shard": n})["record"])) for n in names]
     return selection, records
 
@@ -101,7 +102,7 @@ def test_the_kept_set_is_that_of_a_numpy_sort_and_holds_only_training_pairs(tmp_
     order = sorted(range(len(training)), key=lambda i: (-key[i], training[i]["pair_id"]))
     expected = {training[i]["pair_id"] for i in order[:48]}  # 0.3 * 160
     assert kept_ids(selection, records) == expected
-    selecting.check(records, decision)
+    passes.check(records, decision)
 
 
 def test_kept_pairs_carry_the_ids_and_sums_of_their_own_row(tmp_path):
@@ -122,18 +123,18 @@ def test_decision_and_facts_do_not_depend_on_the_shards(tmp_path):
         corpus, scores, names, _ = make_run(tmp_path / str(shard_pairs), shard_pairs=shard_pairs)
         config = SelectConfig(strategy="length_adjusted_margin", fraction=0.4)
         decision = decide_here(scores, names, config)
-        found = selecting.Facts()
+        found = passes.Facts()
         for group in (names[::2], names[1::2]):
-            found += selecting.facts(scores, decision)(group)
-        results.append((decision, selecting.describe(corpus, scores, decision, found)))
+            found += passes.facts(scores, decision)(group)
+        results.append((decision, passes.describe(corpus, scores, decision, found)))
     assert results[0] == results[1]
 
 
 def test_examples_come_from_both_ends_and_the_cut(tmp_path):
     corpus, scores, names, rows = make_run(tmp_path)
     decision = decide_here(scores, names, SelectConfig(fraction=0.5))
-    found = selecting.facts(scores, decision)(names)
-    examples = selecting.describe(corpus, scores, decision, found)["examples"]
+    found = passes.facts(scores, decision)(names)
+    examples = passes.describe(corpus, scores, decision, found)["examples"]
     threshold = decision.groups["all"].threshold
     assert all(example["kept"] for example in examples["top"])
     assert not any(example["kept"] for example in examples["bottom"])
@@ -150,15 +151,15 @@ def test_examples_come_from_both_ends_and_the_cut(tmp_path):
 def test_per_source_keeps_the_share_of_each_source(tmp_path):
     corpus, scores, names, _ = make_run(tmp_path)
     decision = decide_here(scores, names, SelectConfig(fraction=0.5, per_source=True))
-    found = selecting.facts(scores, decision)(names)
-    facts = selecting.describe(corpus, scores, decision, found)
+    found = passes.facts(scores, decision)(names)
+    facts = passes.describe(corpus, scores, decision, found)
     assert facts["sources"] == {"even": {"pairs": 80, "kept": 40}, "odd": {"pairs": 80, "kept": 40}}
 
 
 def test_purity_counts_the_right_labels_of_training_pairs(tmp_path):
     corpus, scores, names, rows = make_run(tmp_path)
     decision = decide_here(scores, names, SelectConfig(fraction=0.5))
-    result = selecting.purity(corpus, scores, names, decision, "wrong")
+    result = passes.purity(corpus, scores, names, decision, "wrong")
     training = [row for row in rows if row["split"] == schema.TRAIN]
     right = [not json.loads(row["passthrough"])["wrong"] for row in training]
     assert result["n"] == 160 and result["n_kept"] == 80
@@ -171,7 +172,7 @@ def test_a_flipped_column_that_no_pair_has_is_refused_with_the_columns_there_are
     corpus, scores, names, _ = make_run(tmp_path)
     decision = decide_here(scores, names, SelectConfig(fraction=0.5))
     with pytest.raises(ConfigError, match=r"'flip'.*carries wrong"):
-        selecting.purity(corpus, scores, names, decision, "flip")
+        passes.purity(corpus, scores, names, decision, "flip")
 
 
 def test_scores_of_another_corpus_are_refused(tmp_path):
@@ -188,4 +189,4 @@ def test_shards_that_do_not_hold_what_was_decided_are_refused(tmp_path):
     decision = decide_here(scores, names, SelectConfig(fraction=0.5))
     _, records = run_keep(tmp_path, corpus, scores, names[1:], decision)
     with pytest.raises(SelectionError, match="80 were decided on"):
-        selecting.check(records, decision)
+        passes.check(records, decision)

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from refscale import radix, schema, strategies
+from refscale import schema
 from refscale.errors import ConfigError, SelectionError
-from refscale.radix import RadixSelect, Tally, decide
-from refscale.selection import (
+from refscale.selection import radix, strategies
+from refscale.selection.order import (
     KEEPS,
     Cut,
     Decision,
@@ -26,8 +26,9 @@ from refscale.selection import (
     sortable_bits,
     train_rows,
 )
-from refscale.selection_statistics import Statistics
-from refscale.strategies import (
+from refscale.selection.radix import RadixSelect, Tally, decide
+from refscale.selection.statistics import Statistics
+from refscale.selection.strategies import (
     STRATEGIES,
     Moments,
     moments_of,
@@ -537,7 +538,8 @@ def test_every_strategy_is_described_and_computable():
 
 def test_selection_needs_neither_torch_nor_ray():
     code = (
-        "import sys, refscale.config, refscale.schema, refscale.selection, refscale.storage;"
+        "import sys, refscale.config, refscale.schema, refscale.selection.order;"
+        "import refscale.storage.store;"
         "sys.exit(' '.join({'torch', 'ray', 'transformers'} & set(sys.modules)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -9,11 +9,11 @@ from support import string_pairs, write_jsonl
 
 from refscale.config import parse_config
 from refscale.errors import ConfigError, ModelError
-from refscale.footprint import Assumptions, model_shape, parse_gpus
-from refscale.lengths import of_means, of_pairs, of_run, of_sources, read_means
-from refscale.sizing import plan
-from refscale.stages import StageFolder
-from refscale.storage import Store
+from refscale.sizing.footprint import Assumptions, model_shape, parse_gpus
+from refscale.sizing.lengths import of_means, of_pairs, of_run, of_sources, read_means
+from refscale.sizing.plan import plan
+from refscale.storage.stages import StageFolder
+from refscale.storage.store import Store
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -144,7 +144,7 @@ def test_gradient_checkpointing_takes_a_forward_more_and_far_fewer_activations(l
 
 
 def test_operations_are_those_that_the_engine_counts(tiny_model):
-    from refscale.reference import EncodedPairs, ReferenceModel
+    from refscale.scoring.reference import EncodedPairs, ReferenceModel
 
     rng = np.random.default_rng(0)
 

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import string_pairs, write_jsonl
 
-from refscale import reading, sources
 from refscale.config import Source
-from refscale.corpus import Refusal
+from refscale.corpus import reading, sources
+from refscale.corpus.pairs import Refusal
+from refscale.corpus.sources import contents, locate, plan_units
 from refscale.errors import CorpusError
-from refscale.sources import contents, locate, plan_units
 
 ROWS = string_pairs(250)
 

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pytest
 
 from refscale.errors import FingerprintError, StorageError
-from refscale.stages import StageFolder
-from refscale.storage import Store
+from refscale.storage.stages import StageFolder
+from refscale.storage.store import Store
 
 TABLE = pa.table({"x": [1, 2, 3]})
 

@@ -9,10 +9,10 @@ import subprocess
 import pyarrow as pa
 import pytest
 
-from refscale import storage
 from refscale.errors import StorageError
-from refscale.stages import StageFolder
-from refscale.storage import Store
+from refscale.storage import store as storage
+from refscale.storage.stages import StageFolder
+from refscale.storage.store import Store
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../x", "a/../../x"])

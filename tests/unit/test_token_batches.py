@@ -9,10 +9,10 @@ import torch
 from test_training import changed, make_trainer, model_dir, rows, run, settings
 from transformers import AutoModelForCausalLM
 
-from refscale import training
-from refscale.dpo_trainer import PrecomputedDPOTrainer
-from refscale.token_batches import TokenBudgetSampler, plan_batches
-from refscale.training_data import easy_to_hard, pair_tokens
+from refscale.training import worker
+from refscale.training.data import easy_to_hard, pair_tokens
+from refscale.training.dpo_trainer import PrecomputedDPOTrainer
+from refscale.training.token_batches import TokenBudgetSampler, plan_batches
 
 # Fixtures of test_training, which pytest finds by their names here.
 __all__ = ["model_dir", "rows", "settings"]
@@ -108,7 +108,7 @@ def test_training_takes_every_pair_in_packs_within_the_budget(
     settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     RecordBatches.seen = []
-    monkeypatch.setattr(training, "PrecomputedDPOTrainer", RecordBatches)
+    monkeypatch.setattr(worker, "PrecomputedDPOTrainer", RecordBatches)
     metrics, logs = run(budgeted(settings, 80, max_steps=-1, num_train_epochs=1, packed="on"))
     assert sum(pairs for pairs, _ in RecordBatches.seen) == 24
     assert len({pairs for pairs, _ in RecordBatches.seen}) > 1

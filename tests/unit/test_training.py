@@ -27,18 +27,19 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer
 
-from refscale import schema, training
-from refscale.checkpoints import CHECKPOINT_FILE, check_checkpoint, checkpoint_record
+from refscale import schema
 from refscale.config import TrainConfig
-from refscale.dpo_trainer import PrecomputedDPOTrainer, training_flops, useful_tokens
 from refscale.errors import ConfigError, ModelError, TrainingError
-from refscale.stages import StageFolder
-from refscale.start_check import logps_budget
-from refscale.storage import Store
-from refscale.training import WorkerSettings, run_worker
-from refscale.training_data import REF_COLUMNS, load_selection
-from refscale.training_log import TrainingLog, read_log
-from refscale.training_options import LOSS_TYPES, dpo_arguments
+from refscale.storage.stages import StageFolder
+from refscale.storage.store import Store
+from refscale.training import worker
+from refscale.training.checkpoints import CHECKPOINT_FILE, check_checkpoint, checkpoint_record
+from refscale.training.data import REF_COLUMNS, load_selection
+from refscale.training.dpo_trainer import PrecomputedDPOTrainer, training_flops, useful_tokens
+from refscale.training.log import TrainingLog, read_log
+from refscale.training.options import LOSS_TYPES, dpo_arguments
+from refscale.training.start_check import logps_budget
+from refscale.training.worker import WorkerSettings, run_worker
 
 torch.set_num_threads(1)  # more only wait for each other on such small tensors
 
@@ -466,7 +467,7 @@ def test_the_log_is_whole_lines_and_repeated_steps_replace_the_earlier(tmp_path:
 
 
 def test_the_log_is_read_without_torch_or_ray() -> None:
-    code = "import sys, refscale.training_log; assert not {'torch', 'ray'} & set(sys.modules)"
+    code = "import sys, refscale.training.log; assert not {'torch', 'ray'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -490,7 +491,7 @@ def test_easy_to_hard_takes_pairs_by_selection_key(
     sign: int,
 ) -> None:
     RecordOrder.seen = []
-    monkeypatch.setattr(training, "PrecomputedDPOTrainer", RecordOrder)
+    monkeypatch.setattr(worker, "PrecomputedDPOTrainer", RecordOrder)
     ordered = changed(settings, order="easy_to_hard", max_steps=6)
     run(dataclasses.replace(ordered, easiest=easiest))
     expected = sorted(rows, key=lambda row: sign * row["selection_key"])
@@ -502,7 +503,7 @@ def test_easy_to_hard_takes_pairs_by_selection_key(
 def test_shuffling_depends_on_the_seed_alone(
     settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "PrecomputedDPOTrainer", RecordOrder)
+    monkeypatch.setattr(worker, "PrecomputedDPOTrainer", RecordOrder)
     orders = []
     for seed in (1, 1, 2):
         RecordOrder.seen = []
@@ -610,7 +611,7 @@ def test_a_loss_that_is_not_finite_names_its_step(
             loss = super()._compute_loss(model, inputs, return_outputs)
             return loss * float("nan") if self.state.global_step == 1 else loss
 
-    monkeypatch.setattr(training, "PrecomputedDPOTrainer", Broken)
+    monkeypatch.setattr(worker, "PrecomputedDPOTrainer", Broken)
     with pytest.raises(TrainingError, match=r"the loss is nan at step 2 on rank 0; lower"):
         run(settings)
 
@@ -622,7 +623,7 @@ def test_out_of_memory_says_what_to_change(
         def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
-    monkeypatch.setattr(training, "PrecomputedDPOTrainer", Full)
+    monkeypatch.setattr(worker, "PrecomputedDPOTrainer", Full)
     with pytest.raises(TrainingError, match="out of memory at step 1") as raised:
         run(settings)
     message = str(raised.value)
@@ -645,7 +646,7 @@ def test_other_runtime_errors_are_not_taken_for_memory(
         def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
             raise RuntimeError("shapes differ")
 
-    monkeypatch.setattr(training, "PrecomputedDPOTrainer", Odd)
+    monkeypatch.setattr(worker, "PrecomputedDPOTrainer", Odd)
     with pytest.raises(RuntimeError, match="shapes differ"):
         run(settings)
 

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from trl import DPOConfig
 
-from refscale import training_options
 from refscale.config import TrainConfig
 from refscale.errors import ConfigError
-from refscale.training_options import deepspeed_config, dpo_arguments, peft_config
+from refscale.training import options
+from refscale.training.options import deepspeed_config, dpo_arguments, peft_config
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def test_options_that_cannot_hold_are_refused_with_the_reason(
 
 def test_refused_and_owned_options_are_real_fields_of_dpo_config() -> None:
     known = {f.name for f in dataclasses.fields(DPOConfig)} | {"warmup_ratio"}
-    assert set(training_options._REFUSED) | set(training_options._OWNED) <= known
+    assert set(options._REFUSED) | set(options._OWNED) <= known
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

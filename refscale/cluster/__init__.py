@@ -1,0 +1,1 @@
+"""All that talks to Ray: graphs of steps, training, jobs, metrics."""

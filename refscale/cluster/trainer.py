@@ -1,0 +1,207 @@
+"""DPO on Ray Train: a TorchTrainer whose workers each run `training.run_worker`.
+
+Resume is by name: the same fingerprint gives the same run name, and Ray Train then hands the latest
+checkpoint to the workers, after the death of a worker as after that of the driver. Checkpoints go
+to the run folder once per node (its local rank 0 uploads for it), in the background. What a
+checkpoint costs: one write to the node's own disk while training waits, and its upload beside the
+next steps. A worker killed before the upload is done resumes from the checkpoint before.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import ray.train.torch
+from ray.train import Checkpoint, CheckpointConfig, CheckpointUploadMode, FailureConfig
+
+import refscale.errors
+from refscale.errors import RefscaleError, TrainingError
+from refscale.storage.stages import StageFolder
+from refscale.storage.store import Store
+from refscale.training.log import LOG_FILE, TrainingLog, plain, read_log
+from refscale.training.options import WorkerSettings
+
+__all__ = ["LOG_FILE", "read_log", "train_on_ray"]
+
+_FAILED = "FAILED.json"
+_TENSORBOARD = "tensorboard"
+
+
+def train_on_ray(
+    settings: WorkerSettings,
+    folder: StageFolder,
+    policy: StageFolder,
+    *,
+    name: str,
+    num_workers: int,
+    cpus_per_worker: float,
+    gpus_per_worker: float,
+    threads: int | None,
+    max_failures: int,
+    checkpoints_kept: int,
+) -> dict[str, Any]:
+    """Train and put the policy into `policy`.
+
+    Args:
+        settings: Of one worker; its selection files are relative to the run, its output folders
+            are set here.
+        folder: The training stage's folder: checkpoints and the log go there.
+        policy: Where rank 0 puts the policy.
+        name: Of the training; the same name resumes.
+        num_workers: Data-parallel ranks.
+        cpus_per_worker: Logical CPUs of each.
+        gpus_per_worker: GPUs of each.
+        threads: torch threads of each; None leaves torch's own number.
+        max_failures: Failures of workers that are survived.
+        checkpoints_kept: Checkpoints kept in the run folder, the latest ones. There is no best one:
+            nothing but the training loss is measured before the evaluation.
+
+    Returns:
+        Rank 0's final metrics, as JSON can hold them; `resumed` says whether a checkpoint was used.
+
+    Raises:
+        RefscaleError: That a worker raised, as it was raised.
+        TrainingError: Workers died more often than `max_failures`.
+    """
+    store = folder.store
+    store.delete(folder.file(_FAILED))
+    storage = store.uri_of(folder.file("checkpoints"))
+    trainer = ray.train.torch.TorchTrainer(
+        _train_loop,
+        train_loop_config={
+            "settings": settings,
+            "folder": folder,
+            "policy": policy,
+            "name": name,
+            "threads": threads,
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=num_workers,
+            use_gpu=gpus_per_worker > 0,
+            resources_per_worker={
+                "CPU": cpus_per_worker,
+                **({"GPU": gpus_per_worker} if gpus_per_worker else {}),
+            },
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=storage,
+            failure_config=FailureConfig(max_failures=max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=checkpoints_kept),
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except Exception as exc:
+        raise _worker_error(store, folder, exc) from exc
+    if result.error is not None or store.exists(folder.file(_FAILED)):
+        raise _worker_error(store, folder, result.error) from result.error
+    # `result.metrics` are those of the last checkpoint, which is older than the end.
+    return dict(result.return_value)
+
+
+def _worker_error(store: Store, folder: StageFolder, exc: BaseException | None) -> RefscaleError:
+    if store.exists(folder.file(_FAILED)):
+        failed = store.read_json(folder.file(_FAILED))
+        kind = getattr(refscale.errors, failed["type"], TrainingError)
+        return kind(failed["message"])
+    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+    return TrainingError(
+        f"a training worker failed: {lines[-1][:300] if lines else type(exc).__name__}; the same"
+        " command resumes from the last checkpoint"
+    )
+
+
+def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
+    """What each Ray Train worker runs."""
+    folder: StageFolder = config["folder"]
+    # A refusal repeats itself, so the restart that Ray Train grants to a failure ends here. It was
+    # raised all the same: ranks that wait for this one in a collective must be torn down.
+    if folder.store.exists(folder.file(_FAILED)):
+        return {}
+    try:
+        return _run(config, ray.train.get_context())
+    except RefscaleError as exc:
+        failed = {"type": type(exc).__name__, "message": str(exc)}
+        folder.store.write_json(folder.file(_FAILED), failed)
+        raise
+
+
+def _run(config: Mapping[str, Any], context: Any) -> dict[str, Any]:
+    import torch
+
+    from refscale.training.worker import run_worker
+
+    folder: StageFolder = config["folder"]
+    policy: StageFolder = config["policy"]
+    store, first_of_node = folder.store, context.get_local_rank() == 0
+    if config["threads"]:
+        torch.set_num_threads(config["threads"])
+    # Equal on all ranks of a node: DeepSpeed writes one checkpoint folder together.
+    work = Path(tempfile.gettempdir()) / f"refscale-{config['name']}"
+    if first_of_node:
+        _remove(work / "upload", work / "checkpoints", work / "policy")  # of a killed attempt
+    checkpoint = ray.train.get_checkpoint()
+    settings = _settings(config["settings"], folder, work, context.get_world_rank())
+    log = TrainingLog(folder, resumed=checkpoint is not None)
+
+    def publish() -> None:
+        if context.get_world_rank() == 0:
+            log.publish()
+            if not store.is_local and settings.tensorboard_dir is not None:
+                store.upload_folder(settings.tensorboard_dir, folder.file(_TENSORBOARD))
+
+    def on_save(saved: str, metrics: dict[str, Any]) -> None:
+        step = int(saved.rpartition("-")[2])
+        report: dict[str, Any] = {"metrics": {**plain(metrics), "step": step}}
+        if first_of_node:
+            # Out of the trainer's way, which deletes its old folders, also half-uploaded ones.
+            upload = work / "upload" / Path(saved).name
+            upload.parent.mkdir(exist_ok=True)
+            os.replace(saved, upload)
+            report.update(
+                checkpoint=Checkpoint.from_directory(upload),
+                checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+                delete_local_checkpoint_after_upload=True,
+            )
+        ray.train.report(checkpoint_dir_name=f"checkpoint-{step:08d}", **report)
+        publish()
+
+    with ExitStack() as stack:
+        resume = stack.enter_context(checkpoint.as_directory()) if checkpoint else None
+        metrics = run_worker(settings, on_log=log.add, on_save=on_save, resume_from=resume)
+    publish()
+    if context.get_world_rank() == 0:
+        store.upload_folder(settings.policy_dir, policy.stage)
+    _remove(work / f"rank-{context.get_world_rank()}")
+    if first_of_node:
+        _remove(work / "checkpoints", work / "policy", work / _TENSORBOARD)
+    return plain({**metrics, "resumed": checkpoint is not None})
+
+
+def _settings(given: WorkerSettings, folder: StageFolder, work: Path, rank: int) -> WorkerSettings:
+    """`given` with this worker's own folders, and with selection files that it can open."""
+    store, own = folder.store, work / f"rank-{rank}"
+    tensorboard = None
+    if "tensorboard" in given.train["report_to"]:
+        local = store.path(folder.file(_TENSORBOARD)) if store.is_local else work / _TENSORBOARD
+        tensorboard = str(local)
+    return replace(
+        given,
+        selection_files=[store.fetch(file, str(own)) for file in given.selection_files],
+        output_dir=str(work / "checkpoints"),
+        policy_dir=str(work / "policy"),
+        cache_dir=str(own / "datasets"),
+        tensorboard_dir=tensorboard,
+    )
+
+
+def _remove(*folders: Path) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Does the selection help: comparisons of arms, and the audit of labels."""

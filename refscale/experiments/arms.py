@@ -1,0 +1,99 @@
+"""The arms of a comparison: selections that a user names in a word.
+
+In: `full`, `random:0.5`, `mean_margin:largest:0.5`. Out: an Arm, and the config of its run.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from refscale.config import Config, SelectConfig
+from refscale.errors import ConfigError
+from refscale.selection.strategies import STRATEGIES
+
+FULL = "full"
+RANDOM = "random"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One selection of the grid.
+
+    Attributes:
+        text: As the user writes it; also its key in comparison.json.
+        strategy: Of the selection; "mean_margin" for full, whose order does not matter.
+        keep: largest, smallest or middle.
+        fraction: Share of the training pairs.
+    """
+
+    text: str
+    strategy: str
+    keep: str
+    fraction: float
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder."""
+        return self.text.replace(":", "-")
+
+    @property
+    def control(self) -> str | None:
+        """The random arm of equal size; None for the full corpus and for random arms."""
+        if self.text == FULL or self.strategy == RANDOM:
+            return None
+        return f"{RANDOM}:{self.fraction:g}"
+
+
+def parse_arm(text: str) -> Arm:
+    """An arm out of `full`, `random:FRACTION` or `STRATEGY:KEEP:FRACTION`.
+
+    Raises:
+        ConfigError: It is none of these.
+    """
+    parts = text.strip().split(":")
+    if parts == [FULL]:
+        return Arm(FULL, "mean_margin", "largest", 1.0)
+    if parts[0] == RANDOM and len(parts) == 2:
+        parts = [RANDOM, "largest", parts[1]]
+    keeps = ("largest", "smallest", "middle")
+    if len(parts) != 3 or parts[0] not in STRATEGIES or parts[1] not in keeps:
+        raise ConfigError(
+            f"an arm is full, random:FRACTION or STRATEGY:KEEP:FRACTION with a strategy of"
+            f" {', '.join(STRATEGIES)} and keep {', '.join(keeps)}, got {text!r}"
+        )
+    try:
+        fraction = float(parts[2])
+    except ValueError:
+        fraction = 0.0
+    if not 0 < fraction <= 1:
+        raise ConfigError(f"an arm's fraction must be in (0, 1], got {parts[2]!r} in {text!r}")
+    strategy, keep = parts[0], parts[1]
+    name = f"{RANDOM}:{fraction:g}" if strategy == RANDOM else f"{strategy}:{keep}:{fraction:g}"
+    return Arm(name, strategy, keep, fraction)
+
+
+def grid(
+    strategies: Sequence[str] = ("mean_margin", "margin", "length_adjusted_margin"),
+    keeps: Sequence[str] = ("largest", "smallest"),
+    fractions: Sequence[float] = (0.5, 0.3),
+) -> list[str]:
+    """Every combination, with the controls: the full corpus, and random pairs of each size."""
+    sizes = [f"{fraction:g}" for fraction in fractions]
+    controls = [FULL, *(f"{RANDOM}:{size}" for size in sizes)]
+    return controls + [":".join(parts) for parts in product(strategies, keeps, sizes)]
+
+
+def arm_config(config: Config, arm: Arm, seed: int) -> Config:
+    """The config of one arm's run: its selection, its seed, all else as it was."""
+    select = SelectConfig.model_validate(
+        {
+            "strategy": arm.strategy,
+            "keep": arm.keep,
+            "fraction": arm.fraction,
+            "per_source": config.select.per_source,
+            "beta": config.select.beta,
+            "seed": seed if arm.strategy == RANDOM else 0,
+        }
+    )
+    train = config.train.model_copy(update={"seed": seed})
+    return config.model_copy(update={"select": select, "train": train})

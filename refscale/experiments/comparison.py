@@ -1,0 +1,347 @@
+"""Does the selection help? One scored corpus, many selections, each trained and judged alike.
+
+In: a run's config and a grid of arms (what to keep) and seeds. Out: RUN/arms/ARM/seed-S/, a run
+folder of its own each that reads corpus/ and scores/ from RUN, and RUN/comparison.json and .html
+with mean, spread over the seeds, paired differences against the full corpus and against as many
+random pairs, and the cost beside it. Every arm starts from the same model and is evaluated on the
+same held-out pairs.
+
+    full                         every pair
+    random:0.5                   a random half, drawn anew with each seed: the control
+    mean_margin:largest:0.5      a selection as the config's `select` section makes it
+
+Costs: a training and an evaluation for each arm and seed; scoring happens once. A finished arm is
+skipped, a begun one resumed. Unless `keep_policies`, an arm's policy and checkpoints are deleted
+when its numbers are kept: 30 policies of a small model already fill a disk.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from refscale.config import Config
+from refscale.errors import ConfigError, EvaluationError
+from refscale.experiments.arms import FULL, Arm, arm_config, grid, parse_arm
+from refscale.experiments.statistics import summarise
+from refscale.progress import say
+from refscale.report.comparison_page import lines, render_html
+from refscale.schema import EVALUATION
+from refscale.storage.locks import RunLock
+from refscale.storage.stages import StageFolder
+from refscale.storage.store import Store
+
+if TYPE_CHECKING:
+    from refscale.run import Run
+
+# Per held-out pair; see `outcomes`.
+OUTCOMES = pa.schema(
+    [
+        pa.field("pair_id", pa.binary(16), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("reward_accuracy", pa.float64(), nullable=False),
+        pa.field("reward_margin", pa.float64(), nullable=False),
+        pa.field("ranking_accuracy", pa.float64(), nullable=False),
+        pa.field("chosen_mean_logps", pa.float64(), nullable=False),
+    ]
+)
+MEASURES = tuple(OUTCOMES.names[2:])
+
+
+# -- running it ------------------------------------------------------------------------------------
+
+
+def compare(
+    config: Config,
+    run_dir: str,
+    arms: Sequence[str] | None = None,
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    parallel: int | None = None,
+    keep_policies: bool = False,
+    restart: bool = False,
+    extra: Callable[["Run"], Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Train and evaluate every arm with every seed, and write the comparison.
+
+    Args:
+        config: Of the run that the arms share; its `select` gives per_source and beta.
+        run_dir: The run folder; prepared and scored first, if it is not yet.
+        arms: As `parse_arm` reads them; None for `grid()`.
+        seeds: Each arm is trained once with each: shuffling, and the draw of the random arms.
+        parallel: Arms trained side by side; None for as many as the cluster fits.
+        keep_policies: Keep every arm's policy and checkpoints.
+        restart: Redo all arms.
+        extra: Called with an arm's run while its policy is still there, for example `win_rate`;
+            what it returns is kept under "extra". It must resume by itself.
+
+    Returns:
+        What is written to comparison.json.
+
+    Raises:
+        ConfigError: An arm cannot be read, there is no seed, or something is given twice.
+        FingerprintError: An arm was made with other settings; names the field.
+        EvaluationError: There is no held-out pair.
+    """
+    parsed = _checked([parse_arm(text) for text in (arms or grid())], seeds)
+    from refscale import pipeline
+    from refscale.cluster.runtime import disconnect
+    from refscale.run import Run, claim
+
+    store = Store(run_dir)
+    with RunLock(store):
+        run = Run(store, config)
+        claim(run)
+        try:
+            corpus, scores = pipeline.prepare(run), pipeline.score(run)
+            if not any(file["counts"].get("holdout") for file in corpus["files"]):
+                raise EvaluationError(
+                    "there is no held-out pair to compare the arms on; set corpus.holdout_fraction"
+                    " or mark a source holdout: true"
+                )
+            if restart:
+                store.delete("arms")
+            jobs = [(arm, seed) for seed in seeds for arm in parsed]
+            left = sum(_result(store, *job).manifest() is None for job in jobs)
+            # Connected before the threads begin, and not at all where nothing is left to do.
+            at_once = min(left, parallel or _fitting(run), len(jobs)) if left else 1
+            _ = run.cluster if left else None
+            say(
+                f"compare   {len(parsed)} arms x {len(seeds)} seeds, {left} of them to do,"
+                f" {at_once} at a time"
+            )
+
+            def work(job: tuple[Arm, int]) -> dict[str, Any]:
+                return _run_arm(run, *job, keep_policies=keep_policies, extra=extra)
+
+            manifests = _side_by_side(work, jobs, at_once)
+        finally:
+            disconnect()
+        results = {
+            arm.text: {
+                seed: manifest["details"]
+                for (other, seed), manifest in zip(jobs, manifests, strict=True)
+                if other == arm
+            }
+            for arm in parsed
+        }
+        tables = {
+            arm.text: {
+                seed: _result(store, arm, seed).read_table("outcomes.parquet") for seed in seeds
+            }
+            for arm in parsed
+        }
+        controls = {arm.text: arm.control for arm in parsed}
+        comparison = {
+            "arms": summarise(_matrices(tables), controls, full=FULL),
+            "runs": results,
+            "controls": controls,
+            "seeds": list(seeds),
+            "num_holdout": tables[parsed[0].text][seeds[0]].num_rows,
+            "scoring_s": scores["seconds"],
+            "beta": config.train.beta,
+            "model": config.model.model_name_or_path,
+        }
+        store.write_json("comparison.json", comparison)
+        store.write_bytes("comparison.html", render_html(comparison).encode())
+    for line in lines(comparison):
+        say(line)
+    return comparison
+
+
+def _checked(arms: Sequence[Arm], seeds: Sequence[int]) -> list[Arm]:
+    given: dict[str, list[Any]] = {"arm": [arm.text for arm in arms], "seed": list(seeds)}
+    for what, values in given.items():
+        twice = [value for value in values if values.count(value) > 1]
+        if twice:
+            raise ConfigError(f"the {what} {twice[0]} is given twice; once is enough")
+    if not seeds:
+        raise ConfigError("a comparison needs at least one seed; three or more show the spread")
+    return list(arms)
+
+
+def _side_by_side(
+    work: Callable[[tuple[Arm, int]], dict[str, Any]], jobs: Sequence[tuple[Arm, int]], at_once: int
+) -> list[dict[str, Any]]:
+    """The results in order; after a failure or Ctrl-C no further job is begun."""
+    if at_once == 1:
+        return [work(job) for job in jobs]
+    pool = ThreadPoolExecutor(at_once, "arm")  # each thread only waits for Ray
+    try:
+        futures = [pool.submit(work, job) for job in jobs]
+        for future in as_completed(futures):
+            future.result()
+    except BaseException as exc:
+        # What fails ends the comparison when the arms beside it are done; Ctrl-C at once.
+        pool.shutdown(wait=isinstance(exc, Exception), cancel_futures=True)
+        raise
+    pool.shutdown()
+    return [future.result() for future in futures]
+
+
+def _fitting(run: "Run") -> int:
+    """Trainings that the cluster fits side by side."""
+    cluster, ray, train = run.cluster, run.config.ray, run.config.train
+    gpus = run.gpus(ray.gpus_per_worker) * train.num_workers
+    if gpus:
+        return max(1, int(cluster.gpus // gpus))
+    if cluster.embedded:
+        return 1  # one training has all the cores already
+    return max(1, int(cluster.cpus // (ray.cpus_per_worker * train.num_workers + 1)))
+
+
+def _arm_store(store: Store, arm: Arm, seed: int) -> Store:
+    return Store(store.uri_of(f"arms/{arm.folder}/seed-{seed}"))
+
+
+def _result(store: Store, arm: Arm, seed: int) -> StageFolder:
+    return StageFolder(_arm_store(store, arm, seed), "compare")
+
+
+def _run_arm(
+    run: "Run",
+    arm: Arm,
+    seed: int,
+    *,
+    keep_policies: bool,
+    extra: Callable[["Run"], Mapping[str, Any]] | None,
+) -> dict[str, Any]:
+    """Select, train and evaluate one arm; the manifest of its results."""
+    from refscale import pipeline
+    from refscale.run import claim
+
+    store = _arm_store(run.store, arm, seed)
+    config = arm_config(run.config, arm, seed)
+    mine = replace(run, store=store, config=config, shared=run.store)
+    result = _result(run.store, arm, seed)
+    unchanged = ("max_failures", "logging_steps", "save_total_limit", "report_to")
+    train = {k: v for k, v in config.train.model_dump().items() if k not in unchanged}
+    fingerprint = {
+        "scores": run.folder("scores").require()["identity"],
+        "select": config.select.model_dump(),
+        "train": train,
+        "evaluate": config.evaluate.model_dump(),
+    }
+    if not result.begin(fingerprint):
+        say(f"compare   {arm.text}, seed {seed}")
+        claim(mine)
+        if mine.folder("policy").manifest() is None:
+            store.delete("evaluation")  # of a policy that is gone
+        selected, trained = pipeline.select(mine), pipeline.train(mine)
+        evaluated = pipeline.evaluate(mine)
+        table = outcomes(_evaluation_table(mine.folder("evaluation")), config.train.beta)
+        details = _details(run, selected, trained, evaluated)
+        if extra is not None:
+            details["extra"] = dict(extra(mine))
+        result.finish(
+            fingerprint,
+            [result.publish_table("outcomes.parquet", table)],
+            counts={"pairs": selected["counts"]["kept"], "holdout": table.num_rows},
+            seconds=sum(manifest["seconds"] for manifest in (selected, trained, evaluated)),
+            details=details,
+        )
+    if not keep_policies:
+        store.delete("policy")
+        store.delete("training/checkpoints")
+    manifest = result.require()
+    if extra is not None and "extra" not in manifest["details"]:
+        say(f"compare   {arm.text}, seed {seed} is finished without completions; see --restart")
+    return manifest
+
+
+def _details(
+    run: "Run",
+    selected: Mapping[str, Any],
+    trained: Mapping[str, Any],
+    evaluated: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What one arm kept, and what it cost."""
+    config = run.config
+    workers = config.train.num_workers
+    gpus = run.gpus(config.ray.gpus_per_worker) * workers
+    kept, every = selected["details"]["kept"], selected["details"]["all"]
+    purity = evaluated["details"].get("purity")
+    return {
+        "pairs": selected["counts"]["kept"],
+        "mean_length_difference": kept["mean_length_difference"],
+        "mean_length_difference_of_all": every["mean_length_difference"],
+        "right_labels": None if purity is None else purity["kept"]["value"],
+        "train_s": trained["seconds"],
+        "train_gpu_s": trained["seconds"] * gpus,
+        "steps_s": trained["details"].get("train_runtime_s"),
+        "steps": trained["details"].get("steps"),
+        "train_loss": trained["details"].get("train_loss"),
+        "evaluate_s": evaluated["seconds"],
+        "gpus": gpus,
+        "workers": workers,
+    }
+
+
+# -- per held-out pair -----------------------------------------------------------------------------
+
+
+def outcomes(table: pa.Table, beta: float) -> pa.Table:
+    """What a policy does on each held-out pair, sorted by pair_id.
+
+    Args:
+        table: Rows in `schema.EVALUATION`.
+        beta: DPO's beta.
+
+    Returns:
+        Rows in OUTCOMES: reward_accuracy (1 where the implicit reward prefers chosen, a tie one
+        half), reward_margin (beta times the difference of the log-ratios, nats), ranking_accuracy
+        (the policy's mean log-prob a token prefers chosen), chosen_mean_logps (nats a token).
+    """
+    table = table.sort_by("pair_id")
+    columns = {
+        name: table[name].to_numpy().astype(np.float64)
+        for name in EVALUATION.names
+        if name.endswith("_logps") or name.startswith("num_")
+    }
+    policy = columns["policy_chosen_logps"] - columns["policy_rejected_logps"]
+    reference = columns["ref_chosen_logps"] - columns["ref_rejected_logps"]
+    chosen, rejected = (
+        columns[f"policy_{side}_logps"] / np.maximum(columns[f"num_{side}_tokens"], 1)
+        for side in ("chosen", "rejected")
+    )
+    values = {
+        "reward_accuracy": (np.sign(policy - reference) + 1) / 2,
+        "reward_margin": beta * (policy - reference),
+        "ranking_accuracy": (np.sign(chosen - rejected) + 1) / 2,
+        "chosen_mean_logps": chosen,
+    }
+    return pa.table(
+        {"pair_id": table["pair_id"], "source": table["source"], **values}, schema=OUTCOMES
+    )
+
+
+def _evaluation_table(folder: StageFolder) -> pa.Table:
+    names = [file["name"] for file in folder.require()["files"] if file["rows"]]
+    return pa.concat_tables([folder.read_table(name) for name in names])
+
+
+def _matrices(
+    tables: Mapping[str, Mapping[int, pa.Table]],
+) -> dict[str, dict[str, np.ndarray]]:
+    """By measure and arm, float64 (seeds, pairs), with the same pairs in the same order.
+
+    Raises:
+        EvaluationError: The arms were evaluated on different pairs.
+    """
+    every = [table for by_seed in tables.values() for table in by_seed.values()]
+    for table in every[1:]:
+        if not table["pair_id"].equals(every[0]["pair_id"]):
+            raise EvaluationError(
+                f"the arms were evaluated on different pairs ({every[0].num_rows} and"
+                f" {table.num_rows}); redo them with --restart"
+            )
+    return {
+        measure: {
+            arm: np.stack([table[measure].to_numpy() for table in by_seed.values()])
+            for arm, by_seed in tables.items()
+        }
+        for measure in MEASURES
+    }

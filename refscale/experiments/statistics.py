@@ -1,0 +1,95 @@
+"""Means over seeds and held-out pairs, and paired differences between arms, with intervals.
+
+In: for each measure and arm an array (seeds, pairs), all over the same pairs. Out: plain dicts of
+estimates. Both the pairs and the seeds are resampled, because another holdout and another training
+would both have given another number: the pairs once for all arms (they are shared, so differences
+are paired), the seeds of each arm on their own. With three seeds the seeds' part of an interval is
+itself a rough estimate; each seed's value is listed beside it. numpy only; seconds for a million
+pairs and ten arms.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from refscale.evaluation.holdout import Estimate
+
+RESAMPLES = 2000
+# Counts of resampled pairs held at once: 32 MB.
+_BLOCK = 4_000_000
+
+
+def summarise(
+    values: Mapping[str, Mapping[str, np.ndarray]],
+    controls: Mapping[str, str | None],
+    *,
+    full: str,
+    seed: int = 0,
+) -> dict[str, dict[str, Any]]:
+    """Each arm's measures, and its differences against its control and the full corpus.
+
+    Args:
+        values: By measure and arm, float64 (seeds, pairs).
+        controls: By arm, the random arm of equal size, where there is one.
+        full: Name of the arm that trains on every pair.
+        seed: Of the bootstrap.
+
+    Returns:
+        By arm and measure `{"value", "low", "high", "seeds": [mean of each], "seed_sd",
+        "against_random", "against_full"}`; the last two are estimates of this arm minus the other,
+        or None where the other was not run. Intervals are percentile intervals of 95 %.
+    """
+    result: dict[str, dict[str, Any]] = {}
+    for measure, arms in values.items():
+        resampled = _resample(arms, seed)
+        for arm, matrix in arms.items():
+            by_seed = matrix.mean(axis=1)
+            result.setdefault(arm, {})[measure] = {
+                **_estimate(float(matrix.mean()), resampled[arm]),
+                "seeds": by_seed.tolist(),
+                "seed_sd": float(by_seed.std(ddof=1)) if len(by_seed) > 1 else None,
+                "against_random": _difference(arms, resampled, arm, controls.get(arm)),
+                "against_full": _difference(arms, resampled, arm, full),
+            }
+    return result
+
+
+def _difference(
+    arms: Mapping[str, np.ndarray],
+    resampled: Mapping[str, np.ndarray],
+    arm: str,
+    other: str | None,
+) -> Estimate | None:
+    if other is None or other == arm or other not in arms:
+        return None
+    difference = float(arms[arm].mean() - arms[other].mean())
+    return _estimate(difference, resampled[arm] - resampled[other])
+
+
+def _resample(arms: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
+    """By arm, float64 (RESAMPLES,): its mean under resampled pairs and seeds."""
+    rng = np.random.default_rng(seed)
+    num_pairs = next(iter(arms.values())).shape[1]
+    columns = np.concatenate(list(arms.values())).T  # (pairs, arms x seeds)
+    means = np.empty((RESAMPLES, columns.shape[1]))
+    step = max(1, _BLOCK // num_pairs)
+    for begin in range(0, RESAMPLES, step):
+        size = min(step, RESAMPLES - begin)
+        picked = rng.integers(num_pairs, size=(size, num_pairs))
+        picked += num_pairs * np.arange(size)[:, None]
+        counts = np.bincount(picked.ravel(), minlength=size * num_pairs).reshape(size, num_pairs)
+        means[begin : begin + size] = counts @ columns / num_pairs
+    result, begin = {}, 0
+    for arm, matrix in arms.items():
+        num_seeds = matrix.shape[0]
+        mine = means[:, begin : begin + num_seeds]
+        picks = rng.integers(num_seeds, size=(RESAMPLES, num_seeds))
+        result[arm] = np.take_along_axis(mine, picks, axis=1).mean(axis=1)
+        begin += num_seeds
+    return result
+
+
+def _estimate(value: float, resampled: np.ndarray) -> Estimate:
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return {"value": value, "low": float(low), "high": float(high)}

@@ -1,0 +1,1 @@
+"""The reference model's log-probs of packed pairs."""

@@ -1,0 +1,69 @@
+"""Loading a causal LM to score with: dtype, quantization, adapter, devices. No inference here."""
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from refscale.errors import ModelError
+from refscale.scoring.cpu_products import use_onednn
+from refscale.scoring.devices import choose_dtype, keep_freed_memory
+
+
+def load_model(
+    model_name_or_path: str,
+    *,
+    revision: str | None,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool,
+    attn_implementation: str | None,
+    adapter: str | None,
+    quantization: str | None,
+) -> tuple[Any, str]:
+    """The model, and why it has its dtype; arguments as `ReferenceModel.load`.
+
+    Raises:
+        ModelError: It cannot be loaded; one line says why.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        keep_freed_memory()
+    chosen, reason = choose_dtype(dtype, device)
+    options: dict[str, Any] = {
+        "revision": revision,
+        "dtype": chosen,
+        "trust_remote_code": trust_remote_code,
+        "use_safetensors": True,
+    }
+    if attn_implementation:
+        options["attn_implementation"] = attn_implementation
+    split = device == "cuda" and torch.cuda.device_count() > 1
+    if quantization:
+        options["quantization_config"] = _quantization(quantization, chosen)
+    if split or (quantization and device != "cpu"):
+        options["device_map"] = "auto" if split else {"": device}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(model_name_or_path, **options)
+        if adapter:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        if "device_map" not in options:
+            model = model.to(device)
+        if device == "cpu":
+            use_onednn(model)
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as exc:
+        lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+        what = f"{model_name_or_path} with adapter {adapter}" if adapter else model_name_or_path
+        raise ModelError(f"cannot load the model {what}: {' '.join(lines)[:300]}") from exc
+    return model, reason
+
+
+def _quantization(kind: str, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=kind == "4bit", load_in_8bit=kind == "8bit", bnb_4bit_compute_dtype=dtype
+    )

@@ -1,0 +1,1 @@
+"""The exact global top-k over the scores."""

@@ -1,0 +1,271 @@
+"""Memory that a scoring replica and a training worker take, from a model's config alone.
+
+In: the config, the model's config.json (the model is built on torch's meta device, without
+weights) and a GPU. Out: GiB of each GPU by purpose. Activations are estimates: what the layers keep
+at the token budget or for the longest batch; the rest is counted.
+"""
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from refscale.config import Config
+from refscale.errors import ConfigError, ModelError
+
+GIB = 2**30
+STAGES = ("ddp", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+# transformers leaves stage3_max_live_parameters at DeepSpeed's default.
+_LIVE_PARAMETERS = 1e9
+# As logps.py tiles the logits, and reference.py sizes a forward pass.
+_TILE_ROWS, _TILE_VOCAB = 4096, 65536
+_BUDGETS = (2048, 65536)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU model: usable memory as the driver reports it, peak rates of dense products."""
+
+    name: str
+    memory_gib: float
+    bf16_tflops: float
+    fp32_tflops: float
+
+
+# Peaks: NVIDIA's data sheets, without sparsity, fp32 without TF32; bf16 as in trl.trainer.utils.
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("H100", 79.1, 989.0, 67.0),
+        Gpu("H200", 139.8, 989.0, 67.0),
+        Gpu("A100-80", 79.2, 312.0, 19.5),
+        Gpu("L40S", 44.5, 362.0, 91.6),
+        Gpu("L4", 22.5, 121.0, 30.3),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What is assumed; pass others where they are known from a measured run.
+
+    Attributes:
+        scoring_mfu: Useful operations of scoring a second, over the GPU's peak.
+        training_mfu: Operations of training, recomputation included, over the peak.
+        context_gib: CUDA context, libraries and fragmentation, each process.
+        price_per_gpu_hour: None for no costs.
+    """
+
+    scoring_mfu: float = 0.45
+    training_mfu: float = 0.35
+    context_gib: float = 2.0
+    price_per_gpu_hour: float | None = None
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What of a model decides its cost.
+
+    Attributes:
+        parameters: All of them, tied ones once.
+        trainable: Those that training updates.
+        flops_per_token: Of the backbone, forward.
+        flops_per_head_row: Of the output head, forward.
+        flops_per_context: Per attended key, forward.
+        hidden_size: D.
+        intermediate_size: Of the MLP.
+        num_layers: L.
+        attention_width: Elements of queries, keys, values and attention output of a token.
+        vocab_size: V.
+    """
+
+    parameters: int
+    trainable: int
+    flops_per_token: float
+    flops_per_head_row: float
+    flops_per_context: float
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    attention_width: int
+    vocab_size: int
+
+    def flops(self, tokens: float, head_rows: float, context: float) -> float:
+        """Operations of one forward pass, multiply and add apart."""
+        return (
+            self.flops_per_token * tokens
+            + self.flops_per_head_row * head_rows
+            + self.flops_per_context * context
+        )
+
+
+def model_shape(config: Config) -> ModelShape:
+    """The shape of the config's model, from its config.json alone.
+
+    Raises:
+        ModelError: The model's config cannot be read or is of no causal LM.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        # transformers imports DeepSpeed, which warns where it finds no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from refscale.scoring.flops import Flops
+    from refscale.training.options import peft_config
+
+    name = config.model.model_name_or_path
+    trust = {"trust_remote_code": config.model.trust_remote_code}
+    try:
+        loaded = AutoConfig.from_pretrained(name, revision=config.model.revision, **trust)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(loaded, **trust)
+    except (OSError, ValueError, KeyError) as exc:
+        lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+        raise ModelError(f"cannot read the config of {name}: {' '.join(lines)[:300]}") from exc
+    flops = Flops.of(model)
+    parameters = sum(p.numel() for p in model.parameters())
+    trainable = parameters
+    adapter = peft_config(config.train.peft)
+    if adapter is not None:
+        from peft import get_peft_model
+
+        adapted = get_peft_model(model, adapter)
+        trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    text = loaded.get_text_config()
+    heads = getattr(text, "num_attention_heads", 1)
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return ModelShape(
+        parameters=parameters,
+        trainable=trainable,
+        flops_per_token=flops.per_token,
+        flops_per_head_row=flops.per_head_row,
+        flops_per_context=flops.per_context,
+        hidden_size=text.hidden_size,
+        intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        num_layers=text.num_hidden_layers,
+        attention_width=2 * head_dim * (heads + kv_heads),
+        vocab_size=text.vocab_size,
+    )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """GiB of one GPU, and what they are for."""
+
+    parts: Mapping[str, float]
+    capacity: float
+
+    @property
+    def total(self) -> float:
+        """GiB in all."""
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the GPU has them."""
+        return self.total <= self.capacity
+
+
+def parse_gpus(text: str) -> tuple[int, Gpu]:
+    """Number and GPU of `8xH100`, or of `H100` alone.
+
+    Raises:
+        ConfigError: The GPU is not in the table, or the number is not a positive one.
+    """
+    count, times, name = text.rpartition("x")
+    if not times:
+        count, name = "1", text
+    gpu = {known.upper(): value for known, value in GPUS.items()}.get(name.strip().upper())
+    if gpu is None or not count.strip().isdigit() or int(count) < 1:
+        raise ConfigError(
+            f"--gpus must be NUMBERxGPU with one of {', '.join(GPUS)}, got {text!r}; e.g. 8xH100"
+        )
+    return int(count), gpu
+
+
+def replica_memory(
+    config: Config, shape: ModelShape, gpu: Gpu, count: int, assumed: Assumptions, half: bool
+) -> tuple[int, int, Memory]:
+    """GPUs of a scoring replica, tokens of its forward pass, memory of each of its GPUs."""
+    itemsize = 2 if half else 4
+    # bitsandbytes keeps a scale for every 64 weights of 4 bits.
+    weight_bytes = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}.get(
+        config.score.quantization or "", itemsize
+    )
+    weights = shape.parameters * weight_bytes / GIB
+    tile = _TILE_ROWS * min(shape.vocab_size, _TILE_VOCAB) * (4 + itemsize) / GIB
+    width = (12 * shape.hidden_size + 3 * shape.intermediate_size) * itemsize / GIB
+    asked = config.ray.gpus_per_replica
+    candidates = [math.ceil(asked)] if asked else range(1, count + 1)
+    memory = None
+    for per_replica in candidates:
+        capacity = gpu.memory_gib * (asked if asked and asked < 1 else 1)
+        free = capacity - weights / per_replica - assumed.context_gib
+        budget = config.score.token_budget or max(
+            _BUDGETS[0], min(_BUDGETS[1], int(0.5 * free / width))
+        )
+        memory = Memory(
+            {
+                "weights": weights / per_replica,
+                "activations": budget * width,
+                "logits": tile,
+                "context": assumed.context_gib,
+            },
+            capacity,
+        )
+        if memory.fits and per_replica <= count:
+            return per_replica, budget, memory
+    assert memory is not None, "there is at least one candidate"
+    raise ConfigError(
+        f"a scoring replica needs {memory.total:.1f} GiB on each of {candidates[-1]} {gpu.name},"
+        f" which have {gpu.memory_gib:g}; give more or larger GPUs, or score.quantization"
+    )
+
+
+def worker_memory(
+    config: Config,
+    shape: ModelShape,
+    longest: int,
+    gpu: Gpu,
+    workers: int,
+    stage: str,
+    itemsize: int,
+    assumed: Assumptions,
+) -> Memory:
+    """Memory of each training worker's GPU at a ZeRO stage, for the longest batch."""
+    # Masters and two moments in fp32; fp32 weights are their own masters.
+    mixed = itemsize == 2 and (stage != "ddp" or config.train.peft is not None)
+    weight, optimizer = (2, 12) if mixed else (4, 8)
+    zero = int(stage[4]) if stage != "ddp" else 0
+    weights = shape.parameters * weight / (workers if zero == 3 else 1)
+    grads = shape.trainable * weight / (workers if zero >= 2 else 1)
+    states = shape.trainable * optimizer / (workers if zero >= 1 else 1)
+    if stage.endswith("_offload"):
+        states = 0
+        weights = 0 if zero == 3 else weights
+    live = min(_LIVE_PARAMETERS, shape.parameters) * weight if zero == 3 else 0
+    # One layer's residuals, norms in fp32, projections, gate, up, activation and product.
+    layer = 8 * shape.hidden_size + shape.attention_width + 4 * shape.intermediate_size
+    per_token = shape.num_layers * layer
+    if config.train.gradient_checkpointing:
+        per_token = shape.num_layers * shape.hidden_size + layer
+    tokens = config.train.per_device_train_batch_size * longest
+    if config.train.packed == "off":
+        tokens = 2 * config.train.per_device_train_batch_size * config.encoding.max_length
+    # Logits, their slope and its product with the gradients; the head's gradient.
+    tile = 3 * _TILE_ROWS * min(shape.vocab_size, _TILE_VOCAB) * 4
+    return Memory(
+        {
+            "weights": weights / GIB,
+            "gradients": grads / GIB,
+            "optimizer": states / GIB,
+            "gathered": live / GIB,
+            "activations": tokens * per_token * itemsize / GIB,
+            "logits": tile / GIB,
+            "context": assumed.context_gib,
+        },
+        gpu.memory_gib,
+    )

@@ -1,0 +1,282 @@
+"""What a run will take, before a GPU is taken: `refscale plan`.
+
+In: the config, the lengths of its pairs, the model's config.json (no weights: the model is built on
+torch's meta device) and the GPUs. Out: tokens, operations, GPU hours, memory of a scoring replica
+and of a training worker at every ZeRO stage, and the cost at a price that the user gives.
+
+Every figure that is assumed rather than computed is an entry of `Sizing.assumptions`, printed with
+its value. Seconds on a CPU; nothing is downloaded but, for a hub model, its config.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from refscale.config import Config
+from refscale.config_file import load_config
+from refscale.errors import ConfigError
+from refscale.sizing.footprint import (
+    STAGES,
+    Assumptions,
+    Gpu,
+    Memory,
+    ModelShape,
+    model_shape,
+    parse_gpus,
+    replica_memory,
+    worker_memory,
+)
+from refscale.sizing.lengths import Lengths, of_means, of_run, of_sources, read_means
+from refscale.storage.store import Store
+
+_MOST_WORKERS = 1024
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """The answer. `lines` is what the terminal shows, `as_dict` the same as JSON values."""
+
+    gpu: Gpu
+    num_gpus: int
+    lengths: Lengths
+    model: ModelShape
+    assumptions: Assumptions
+    pairs: dict[str, int]
+    flops: dict[str, float]
+    gpu_hours: dict[str, float]
+    hours: dict[str, float]
+    gpus_per_replica: int
+    replicas: int
+    token_budget: int
+    replica_memory: Memory
+    worker_memory: dict[str, Memory]
+    workers_needed: dict[str, int | None]
+    stage: str
+    num_workers: int
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def cost(self) -> float | None:
+        """At the price given; None without one."""
+        price = self.assumptions.price_per_gpu_hour
+        return None if price is None else price * sum(self.gpu_hours.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        values = asdict(self)
+        values["cost"] = self.cost
+        values["replica_memory"]["total"] = self.replica_memory.total
+        for name, memory in self.worker_memory.items():
+            values["worker_memory"][name]["total"] = memory.total
+        return values
+
+    def lines(self) -> list[tuple[str, str]]:
+        """(name, value) lines."""
+        length, found = self.lengths, []
+        found.append(("GPUs", f"{self.num_gpus} x {self.gpu.name}, {self.gpu.memory_gib:g} GiB"))
+        found.append(("lengths from", length.origin))
+        for name, count in self.pairs.items():
+            found.append((f"pairs, {name}", f"{count:,}"))
+        shared = 1 - length.useful_tokens / length.padded_tokens
+        found.append(
+            ("tokens scored", f"{length.useful_tokens:,.0f} ({shared:.0%} saved by sharing)")
+        )
+        found.append(("parameters", f"{self.model.parameters:,}"))
+        if self.model.trainable != self.model.parameters:
+            found.append(("  of them trained", f"{self.model.trainable:,}"))
+        for name, flops in self.flops.items():
+            hours = f"{_hours(self.gpu_hours[name])} GPU hours, {_hours(self.hours[name])} h"
+            found.append((name, f"{flops:.3g} FLOP, {hours}"))
+        memory = self.replica_memory
+        found.append(
+            (
+                "scoring replica",
+                f"{self.gpus_per_replica} GPU(s), {_gib(memory)}, {self.token_budget:,} tokens a"
+                f" forward; {self.replicas} replica(s)",
+            )
+        )
+        for name, memory in self.worker_memory.items():
+            needed = self.workers_needed[name]
+            enough = f"from {needed} worker(s)" if needed else "does not fit at any number"
+            chosen = " <- train.deepspeed" if name == self.stage else ""
+            found.append((f"training, {name}", f"{_gib(memory)}; {enough}{chosen}"))
+        if self.cost is not None:
+            price = self.assumptions.price_per_gpu_hour
+            found.append(("cost", f"{self.cost:,.2f} at {price:g} a GPU hour"))
+        for name, value in asdict(self.assumptions).items():
+            if value is not None:
+                found.append((f"assumed: {name}", f"{value:g}"))
+        found.extend(("note", note) for note in self.notes)
+        return found
+
+
+def plan(
+    config: Config,
+    lengths: Lengths,
+    *,
+    gpus: str = "1xH100",
+    assumptions: Assumptions | None = None,
+    model: ModelShape | None = None,
+) -> Sizing:
+    """Size a run.
+
+    Args:
+        config: The run's config: selection, batch, ZeRO stage, workers, GPUs a replica.
+        lengths: Of its pairs (refscale.sizing.lengths).
+        gpus: Number and name, as `parse_gpus`.
+        assumptions: Default: those of the class.
+        model: Default: `model_shape(config)`.
+
+    Raises:
+        ConfigError: The model does not fit on the GPUs, or `gpus` is malformed.
+        ModelError: The model's config cannot be read.
+    """
+    assumed = assumptions or Assumptions()
+    count, gpu = parse_gpus(gpus)
+    shape = model or model_shape(config)
+    half = config.model.dtype in ("auto", "bfloat16", "float16")
+    peak = (gpu.bf16_tflops if half else gpu.fp32_tflops) * 1e12
+    notes = [] if half else ["model.dtype float32: the peak is that of fp32 without TF32"]
+
+    per_replica, budget, memory = replica_memory(config, shape, gpu, count, assumed, half)
+    replicas = count // per_replica
+    if per_replica > 1:
+        notes.append(
+            f"a replica of {per_replica} GPUs works through its layers in turn: one GPU is busy"
+            " at a time"
+        )
+    kept, known = _kept(config, lengths)
+    if not known:
+        notes.append("select.threshold: how many pairs it keeps is not known; all are assumed")
+    work = _flops(config, shape, lengths, kept)
+    per_hour = 3600 * peak
+    gpu_hours = {
+        "scoring": work["scoring"] * per_replica / (assumed.scoring_mfu * per_hour),
+        "training": work["training"] / (assumed.training_mfu * per_hour),
+        "evaluation": work["evaluation"] * per_replica / (assumed.scoring_mfu * per_hour),
+    }
+    workers = min(config.train.num_workers, count)
+    if workers < config.train.num_workers:
+        notes.append(f"train.num_workers is {config.train.num_workers}, there are {count} GPUs")
+    used = {"scoring": replicas * per_replica, "training": workers}
+    used["evaluation"] = used["scoring"]
+    itemsize = 2 if config.train.bf16 is not False and half else 4
+
+    def training(stage: str, number: int) -> Memory:
+        return worker_memory(config, shape, lengths.longest, gpu, number, stage, itemsize, assumed)
+
+    def enough(stage: str) -> int | None:
+        numbers = (2**i for i in range(_MOST_WORKERS.bit_length()))
+        return next((n for n in numbers if training(stage, n).fits), None)
+
+    stage = config.train.deepspeed
+    return Sizing(
+        gpu=gpu,
+        num_gpus=count,
+        lengths=lengths,
+        model=shape,
+        assumptions=assumed,
+        pairs={"scored": lengths.num_pairs, "kept": kept, "holdout": lengths.holdout_pairs},
+        flops=work,
+        gpu_hours=gpu_hours,
+        hours={name: hours / used[name] for name, hours in gpu_hours.items()},
+        gpus_per_replica=per_replica,
+        replicas=replicas,
+        token_budget=budget,
+        replica_memory=memory,
+        worker_memory={name: training(name, workers) for name in STAGES},
+        workers_needed={name: enough(name) for name in STAGES},
+        stage="ddp" if stage is None else stage if isinstance(stage, str) else "a config",
+        num_workers=workers,
+        notes=notes,
+    )
+
+
+def size_run(
+    config_path: str,
+    overrides: list[str] | None = None,
+    *,
+    gpus: str = "1xH100",
+    price: float | None = None,
+    run_dir: str | None = None,
+    num_pairs: int | None = None,
+    lengths: str | None = None,
+    scoring_mfu: float = Assumptions.scoring_mfu,
+    training_mfu: float = Assumptions.training_mfu,
+) -> Sizing:
+    """What `refscale plan` does: lengths from the best source there is, then `plan`.
+
+    Args:
+        config_path: The run's config.
+        overrides: `section.key=value`, as for `refscale run`.
+        gpus: Number and name, for example 8xH100.
+        price: Of a GPU hour, in any currency.
+        run_dir: A run whose corpus is prepared: its lengths are used.
+        num_pairs: Pairs of the corpus; needed with `lengths`.
+        lengths: PROMPT,CHOSEN,REJECTED tokens on average; the sources are then not read.
+        scoring_mfu: As in `Assumptions`.
+        training_mfu: As in `Assumptions`.
+
+    Raises:
+        ConfigError: An argument is malformed, or the model does not fit.
+        CorpusError: A source cannot be read.
+        ModelError: The model's config cannot be read.
+        StorageError: `run_dir` holds no prepared corpus.
+    """
+    config = load_config(config_path, overrides)
+    parse_gpus(gpus)
+    if lengths is not None:
+        if num_pairs is None:
+            raise ConfigError("--lengths says nothing of how many pairs there are; add --pairs")
+        holdout = config.corpus.holdout_fraction
+        found = of_means(num_pairs, *read_means(lengths), holdout_fraction=holdout)
+    elif run_dir is not None:
+        found = of_run(Store(run_dir))
+    else:
+        found = of_sources(config, num_pairs=num_pairs)
+    assumed = Assumptions(scoring_mfu, training_mfu, price_per_gpu_hour=price)
+    return plan(config, found, gpus=gpus, assumptions=assumed)
+
+
+def _kept(config: Config, lengths: Lengths) -> tuple[int, bool]:
+    """Pairs that the selection keeps of the training split, and whether that is certain."""
+    train = lengths.num_pairs - lengths.holdout_pairs
+    select = config.select
+    if select.count is not None:
+        return min(select.count, train), True
+    if select.band is not None:
+        return round((select.band[1] - select.band[0]) * train), True
+    if select.fraction is not None:
+        return round(select.fraction * train), True
+    return train, False
+
+
+def _flops(config: Config, shape: ModelShape, lengths: Lengths, kept: int) -> dict[str, float]:
+    """Useful operations by stage; kept and held-out pairs are as long as all others."""
+    scoring = shape.flops(lengths.computed_tokens, lengths.head_rows, lengths.context)
+    pair = scoring / lengths.num_pairs
+    if config.train.packed == "off":
+        # Nothing shared: the prompt is computed once a side.
+        pair *= lengths.padded_tokens / lengths.useful_tokens
+    trained = kept * config.train.num_train_epochs
+    if config.train.max_steps > 0:
+        batch = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
+        trained = config.train.max_steps * batch * config.train.num_workers
+    # Backward costs two forwards, checkpointing a third one more; no reference pass at all.
+    passes = 4 if config.train.gradient_checkpointing else 3
+    held = min(lengths.holdout_pairs, config.evaluate.max_pairs or lengths.holdout_pairs)
+    return {
+        "scoring": scoring,
+        "training": trained * pair * passes,
+        "evaluation": held * scoring / lengths.num_pairs,
+    }
+
+
+def _hours(value: float) -> str:
+    return f"{value:,.1f}" if value >= 10 else f"{value:.3g}"
+
+
+def _gib(memory: Memory) -> str:
+    shown = {name: value for name, value in memory.parts.items() if value >= 0.05}
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in shown.items())
+    verdict = "" if memory.fits else " DOES NOT FIT"
+    return f"{memory.total:.1f} GiB of each GPU ({parts}){verdict}"

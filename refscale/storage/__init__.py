@@ -1,0 +1,1 @@
+"""Where a run lives: files published whole, stage folders, locks, fingerprints."""

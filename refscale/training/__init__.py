@@ -1,0 +1,1 @@
+"""DPO on the selection with the stored scores."""

@@ -1,0 +1,161 @@
+"""The policy: loaded at the reference, saved when trained, with a card that says what it is.
+
+In: the settings of a worker and, at the end, its trainer. Out: a folder that
+`AutoModelForCausalLM` loads. Costs on saving: one copy of the weights on rank 0's CPU; with LoRA
+and `merge_adapter` the base once more.
+
+Precision. Where the compute dtype is bfloat16 and DeepSpeed or LoRA is used, weights are loaded in
+bfloat16: DeepSpeed's optimizer keeps its own float32 masters, LoRA's adapters are float32.
+Otherwise weights are float32 (an AdamW step of 1e-6 vanishes in bfloat16's 8 bits) and bfloat16 is
+autocast.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import trl
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOTrainer
+
+from refscale.errors import ConfigError, ModelError
+from refscale.training.options import Device, WorkerSettings
+
+
+def load_policy(settings: WorkerSettings, device: Device) -> tuple[Any, Any]:
+    """The model to train and its tokenizer.
+
+    Raises:
+        ConfigError: A quantised base without LoRA.
+        ModelError: They cannot be loaded.
+    """
+    train = settings.train
+    if settings.quantization and not train["peft"]:
+        raise ConfigError(
+            f"score.quantization is {settings.quantization} but train.peft is not set: quantised"
+            " weights cannot be trained; add e.g. train.peft: {r: 16}, or score unquantised"
+        )
+    half = settings.bf16 and bool(train["deepspeed"] or train["peft"])
+    hub = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    kwargs: dict[str, Any] = {**hub, "dtype": torch.bfloat16 if half else torch.float32}
+    if settings.attn_implementation:
+        kwargs["attn_implementation"] = settings.attn_implementation
+    if settings.quantization:
+        from transformers import BitsAndBytesConfig
+
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=settings.quantization == "4bit",
+            load_in_8bit=settings.quantization == "8bit",
+            bnb_4bit_compute_dtype=torch.bfloat16 if settings.bf16 else torch.float32,
+        )
+        kwargs["device_map"] = {"": torch.cuda.current_device()} if device == "cuda" else None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(settings.model_name_or_path, **hub)
+        with _whole_weights(when=settings.adapter is not None):
+            model = AutoModelForCausalLM.from_pretrained(settings.model_name_or_path, **kwargs)
+            if settings.adapter is not None:
+                from peft import PeftModel
+
+                model = PeftModel.from_pretrained(model, settings.adapter).merge_and_unload()
+    except (OSError, ValueError, ImportError, KeyError) as exc:
+        first = (str(exc).strip() or type(exc).__name__).splitlines()[0]
+        raise ModelError(
+            f"cannot load {settings.model_name_or_path} for training: {first}"
+        ) from exc
+    if settings.chat_template:
+        tokenizer.chat_template = Path(settings.chat_template).read_text(encoding="utf-8")
+    return model, tokenizer
+
+
+@contextlib.contextmanager
+def _whole_weights(*, when: bool) -> Iterator[None]:
+    """Load unpartitioned under ZeRO-3: an adapter can be merged into whole weights only.
+
+    DeepSpeed partitions them when the engine starts; until then each rank holds the whole model.
+    """
+    from transformers.integrations import deepspeed as hf_deepspeed
+
+    reference = hf_deepspeed._hf_deepspeed_config_weak_ref
+    if when:
+        hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = reference
+
+
+def save_policy(trainer: DPOTrainer, tokenizer: Any, settings: WorkerSettings, card: str) -> None:
+    """Write the policy as safetensors, with its tokenizer and card; collective, rank 0 writes.
+
+    With LoRA and `merge_adapter`, rank 0 loads the base once more on the CPU, unquantised, and
+    merges the adapter into it.
+    """
+    accelerator = trainer.accelerator
+    state = accelerator.get_state_dict(trainer.model_wrapped)
+    if accelerator.is_main_process:
+        model = accelerator.unwrap_model(trainer.model_wrapped)
+        # DeepSpeed's copy of a tied head no longer shares memory and would be saved a second time.
+        every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        for name in every - {name for name, _ in model.named_parameters()}:
+            state.pop(name, None)
+        folder = Path(settings.policy_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        lora = bool(settings.train["peft"])
+        target = folder / "adapter" if lora and settings.merge_adapter else folder
+        model.save_pretrained(target, state_dict=state)
+        if lora and settings.merge_adapter:
+            from peft import PeftModel
+
+            plain = dataclasses.replace(settings, quantization=None)
+            with _whole_weights(when=True):
+                base, _ = load_policy(plain, "cpu")
+                merged = PeftModel.from_pretrained(base, str(target)).merge_and_unload()
+            merged.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    del state
+    accelerator.wait_for_everyone()
+
+
+def _batch(train: dict[str, Any]) -> str:
+    micro_batches = train["gradient_accumulation_steps"] * train["num_workers"]
+    if budget := train["token_budget"]:
+        return f"{micro_batches} x at most {budget} tokens a step"
+    return f"{train['per_device_train_batch_size'] * micro_batches} pairs a step"
+
+
+def model_card(settings: WorkerSettings, metrics: dict[str, Any]) -> str:
+    """The policy's README.md: what it was made from, with what, and the numbers of its training."""
+    train = settings.train
+    base = settings.model_name_or_path
+    hub_id = "" if os.path.isdir(base) else f"base_model: {base}\n"
+    shown = {
+        "pairs": metrics["num_pairs"],
+        "optimizer steps": metrics["steps"],
+        "loss": f"{train['loss_type']}, beta {train['beta']:g}",
+        "learning rate": f"{train['learning_rate']:g}, {train['lr_scheduler_type']}",
+        "batch": _batch(train),
+        "order": train["order"],
+        "LoRA": json.dumps(train["peft"]) if train["peft"] else "no",
+        "compute": "bfloat16" if settings.bf16 else "float32",
+        "seed": train["seed"],
+        "training fingerprint": settings.fingerprint or "none",
+    }
+    names = ("train_loss", "rewards/accuracies", "rewards/margins", "start_check_loss")
+    shown.update({name: f"{metrics[name]:.4f}" for name in names if name in metrics})
+    rows = "\n".join(f"| {name} | {value} |" for name, value in shown.items())
+    versions = ", ".join(f"{m.__name__} {m.__version__}" for m in (torch, transformers, trl))
+    return (
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{hub_id}"
+        "tags: [dpo, preference, refscale]\n---\n\n"
+        f"# DPO policy from {Path(base).name if not hub_id else base}\n\n"
+        "Trained on a selection of preference pairs, with the reference log-probabilities that made"
+        " the selection. `rewards/…` are of the last logged step.\n\n"
+        f"| | |\n|---|---|\n{rows}\n\nMade with {versions}.\n"
+    )
