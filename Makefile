@@ -1,6 +1,7 @@
 # make demo   sets up .venv and runs the whole pipeline on this machine
 # make test   sets up .venv and runs the tests
 # make docs   builds the documentation into site/
+# make audit  looks up known vulnerabilities of the pinned versions (needs the network)
 # All start from nothing but Python 3.11+, g++ and pip.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 DEMO ?= demo
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint docs clean
+.PHONY: setup demo test lint docs audit clean
 
 setup: $(READY)
 
@@ -37,6 +38,10 @@ docs: $(READY)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	$(BIN)/python docs/generate_reference.py --check
 	$(BIN)/mkdocs build --strict
+
+audit: $(READY)
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -234,61 +234,80 @@ def _fill(trees: list[_Tree], token_budget: int) -> list[list[_Tree]]:
 
 def _lay_out(trees: Sequence[_Tree]) -> Pack:
     ids: list[np.ndarray] = []
-    positions: list[np.ndarray] = []
+    offsets: list[int] = []  # position of each segment's first row
     segments: list[Segment] = []
-    rows: list[np.ndarray] = []
+    predicting = _Runs()  # rows, in the order of `targets`
     targets: list[np.ndarray] = []
-    terms: list[np.ndarray] = []
-    owners: list[np.ndarray] = []
+    summed = _Runs()  # terms, in the order of `owners`
+    owners: list[int] = []  # of each run of terms
     sequences: list[int] = []
-    row = num_predictions = 0
+    row = 0
     for tree in trees:
         prompt_length, common = len(tree.prompt), tree.common
         shared = np.concatenate([tree.prompt, tree.completions[0][:common]])
         shared_start, shared_length = row, len(shared)
         if shared_length:
             ids.append(shared)
-            positions.append(np.arange(shared_length))
+            offsets.append(0)
             segments.append(Segment(row, shared_length, row, 0))
-        row += shared_length
+            row += shared_length
         # Predictions inside the shared segment; an empty prompt leaves its first token unscored.
-        first = max(prompt_length, 1)
-        inside = np.arange(first - 1, shared_length - 1) if shared_length > first else _NONE
-        rows.append(shared_start + inside)
-        targets.append(shared[inside + 1])
-        shared_terms = num_predictions + np.arange(len(inside))
-        num_predictions += len(inside)
+        first = min(max(prompt_length, 1), shared_length)
+        shared_term = predicting.total
+        predicting.add(shared_start + first - 1, shared_length - first)
+        targets.append(shared[first:])
         for completion, number in zip(tree.completions, tree.sequences, strict=True):
-            owner = len(sequences)
-            sequences.append(number)
-            terms.append(shared_terms)
-            owners.append(np.full(len(inside), owner))
+            summed.add(shared_term, shared_length - first)
+            owners.append(len(sequences))
             leaf = completion[common:]
-            held = leaf[:-1]
-            # Row before the leaf predicts its first token, each of its rows the next one.
-            before = [np.array([shared_start + shared_length - 1])] if shared_length else []
-            mine = np.concatenate([*before, row + np.arange(len(held))]) if len(leaf) else _NONE
-            aims = leaf if shared_length else leaf[1:]
-            rows.append(mine)
-            targets.append(aims)
-            terms.append(num_predictions + np.arange(len(mine)))
-            owners.append(np.full(len(mine), owner))
-            num_predictions += len(mine)
-            if len(held):
-                ids.append(held)
-                positions.append(shared_length + np.arange(len(held)))
-                segments.append(Segment(row, len(held), shared_start, shared_length))
-                row += len(held)
+            if len(leaf):
+                # Row before the leaf predicts its first token, each of its rows the next one.
+                term = predicting.total
+                predicting.add(shared_start + shared_length - 1, int(shared_length > 0))
+                predicting.add(row, len(leaf) - 1)
+                targets.append(leaf if shared_length else leaf[1:])
+                summed.add(term, predicting.total - term)
+                owners.append(len(sequences))
+            if len(leaf) > 1:
+                ids.append(leaf[:-1])
+                offsets.append(shared_length)
+                segments.append(Segment(row, len(leaf) - 1, shared_start, shared_length))
+                row += len(leaf) - 1
+            sequences.append(number)
     return Pack(
         ids=_join(ids),
-        positions=_join(positions),
+        positions=_ranges(offsets, [s.length for s in segments]),
         segments=tuple(segments),
-        rows=_join(rows),
+        rows=predicting.join(),
         targets=_join(targets),
-        terms=_join(terms),
-        owners=_join(owners),
+        terms=summed.join(),
+        owners=np.repeat(np.array(owners, dtype=np.int64), summed.lengths),
         sequences=np.array(sequences, dtype=np.int64),
     )
+
+
+class _Runs:
+    """Runs of successive integers, collected one by one and written out at once."""
+
+    def __init__(self) -> None:
+        self.starts: list[int] = []
+        self.lengths: list[int] = []
+        self.total = 0
+
+    def add(self, start: int, length: int) -> None:
+        self.starts.append(start)
+        self.lengths.append(length)
+        self.total += length
+
+    def join(self) -> np.ndarray:
+        return _ranges(self.starts, self.lengths)
+
+
+def _ranges(starts: Sequence[int], lengths: Sequence[int]) -> np.ndarray:
+    """int64: the integers from each start, as many as its length says, one run after the other."""
+    counts = np.array(lengths, dtype=np.int64)
+    before = np.cumsum(counts) - counts
+    return np.arange(counts.sum()) + np.repeat(np.array(starts, dtype=np.int64) - before, counts)
 
 
 _NONE = np.empty(0, dtype=np.int64)
@@ -306,15 +325,8 @@ def key_index(segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray, np.n
         cu_q: int32 (n + 1,) cumulative query lengths of the segments.
         cu_k: int32 (n + 1,) cumulative key lengths.
     """
-    gather = [
-        np.concatenate(
-            [
-                np.arange(s.prefix_start, s.prefix_start + s.prefix_length),
-                np.arange(s.start, s.start + s.length),
-            ]
-        )
-        for s in segments
-    ]
+    starts = [start for s in segments for start in (s.prefix_start, s.start)]
+    lengths = [length for s in segments for length in (s.prefix_length, s.length)]
     cu_q = np.cumsum([0, *(s.length for s in segments)]).astype(np.int32)
-    cu_k = np.cumsum([0, *(len(g) for g in gather)]).astype(np.int32)
-    return _join(gather), cu_q, cu_k
+    cu_k = np.cumsum([0, *(s.prefix_length + s.length for s in segments)]).astype(np.int32)
+    return _ranges(starts, lengths), cu_q, cu_k

@@ -7,6 +7,7 @@ only the processes started here are ended.
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -17,10 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import pyarrow as pa
 import pytest
 import requests
 import yaml
 from support import string_pairs, write_jsonl
+
+from refscale import pipeline
+from refscale.config_file import load_config
+from refscale.run import Run
+from refscale.storage.stages import StageFolder
+from refscale.storage.store import Store
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -34,25 +42,40 @@ class LoopbackCluster:
     folder: Path
     env: dict
 
-    def submit(self, *arguments: str, **env: str) -> subprocess.CompletedProcess:
+    def command(self, *arguments: str, stage: str = "prepare") -> list[str]:
         code = (
             "import json, sys\n"
             "from refscale.errors import RefscaleError\n"
             "from refscale.cluster.submission import submit\n"
             "args = json.loads(sys.argv[1])\n"
             "try:\n"
-            "    sys.exit(submit(args[0], args[1], args[3:], address=args[2], stage='prepare'))\n"
+            "    address, stage = args[2], args[3]\n"
+            "    sys.exit(submit(args[0], args[1], args[4:], address=address, stage=stage))\n"
             "except RefscaleError as exc:\n"
             "    print(exc, file=sys.stderr); sys.exit(exc.exit_code)\n"
         )
         config, run_dir, *overrides = arguments
+        words = [config, run_dir, self.dashboard, stage, *overrides]
+        return [sys.executable, "-c", code, json.dumps(words)]
+
+    def submit(
+        self, *arguments: str, stage: str = "prepare", **env: str
+    ) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [sys.executable, "-c", code, json.dumps([config, run_dir, self.dashboard, *overrides])],
+            self.command(*arguments, stage=stage),
             env={**self.env, **env},
             capture_output=True,
             text=True,
             timeout=300,
         )
+
+    def driver_of(self, stage: str) -> psutil.Process:
+        """The process on the cluster that runs a submitted stage."""
+        for process in psutil.process_iter(["cmdline"]):
+            words = process.info["cmdline"] or []
+            if words[1:4] == ["-m", "refscale.cli", stage]:
+                return process
+        raise AssertionError(f"no driver of {stage}")
 
     def get(self, path: str) -> requests.Response:
         headers = {"Authorization": f"Bearer {TOKEN}"}
@@ -142,7 +165,10 @@ def cluster(tmp_path_factory):
     found = LoopbackCluster(f"http://127.0.0.1:{dashboard}", folder, env)
     try:
         _wait_for_nodes(found, 1, nodes, logs / "head.log")
-        nodes.append(_node([f"--address=127.0.0.1:{port}"], folder, env, logs / "worker.log"))
+        # Its own folder, as on a machine of its own: nodes that share one unpack a job's files over
+        # each other's.
+        worker = [f"--address=127.0.0.1:{port}"]
+        nodes.append(_node(worker, folder / "w", env, logs / "worker.log"))
         _wait_for_nodes(found, 2, nodes, logs / "worker.log")
         yield found
     finally:
@@ -209,3 +235,61 @@ def test_a_wrong_token_is_one_line_and_no_job(cluster, config, tmp_path):
     assert "cannot submit the job" in last and "RAY_AUTH_TOKEN" in last
     assert "Traceback" not in refused.stderr
     assert len(cluster.get("/api/jobs/").json()) == before
+
+
+def test_a_killed_job_resubmitted_on_s3_scores_the_rest_and_selects_as_an_embedded_run(
+    cluster, config, s3, tmp_path, tiny_model, ray_session
+):
+    values = yaml.safe_load(config.read_text())
+    values["corpus"]["shard_pairs"] = 3
+    config.write_text(yaml.safe_dump(values))
+    run_dir = s3.uri("submitted")
+
+    def published() -> list[str]:
+        """Names of the score shards that were put."""
+        paths = [path for method, path in s3.requests if method == "PUT"]
+        found = (re.search(r"/scores/(shard-\d+)\.parquet", path) for path in paths)
+        return [match[1] for match in found if match]
+
+    loaded = load_config(str(config), ["ray.address=null"])
+    pipeline.prepare(Run(Store(run_dir), loaded))
+    # The store refuses what comes after the third shard, so the job is killed in the middle.
+    s3.requests.clear()
+    s3.fail(10**6, when=lambda method, path: method == "PUT" and len(published()) > 3)
+    with open(tmp_path / "killed.log", "w") as log:
+        job = subprocess.Popen(
+            cluster.command(str(config), run_dir, stage="score"),
+            env=cluster.env,
+            stdout=log,
+            stderr=log,
+        )
+        deadline = time.monotonic() + 120
+        while len(published()) <= 3:
+            assert job.poll() is None and time.monotonic() < deadline, log.name
+            time.sleep(0.1)
+        cluster.driver_of("score").kill()
+        assert job.wait(120) != 0
+    s3.heal()
+    # A shard counts once its record is there too.
+    scores = Store(run_dir).list_files("scores")
+    done = {name for name in published() if f"scores/{name}.json" in scores}
+    assert done
+
+    s3.requests.clear()
+    again = cluster.submit(str(config), run_dir, stage="score")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert len({*published()}) + len(done) == 10 and not done & {*published()}
+    pipeline.select(Run(Store(run_dir), loaded))
+
+    embedded = Run(Store(tmp_path / "embedded"), loaded)
+    for stage in (pipeline.prepare, pipeline.score, pipeline.select):
+        stage(embedded)
+    kept = [_selected(Store(run_dir)), _selected(embedded.store)]
+    assert kept[0] == kept[1] and kept[0].num_rows == 15
+
+
+def _selected(store: Store) -> pa.Table:
+    folder = StageFolder(store, "selection")
+    names = [file["name"] for file in folder.require()["files"] if "shard" in file["name"]]
+    table = pa.concat_tables([folder.read_table(name) for name in names])
+    return table.sort_by("pair_id")
