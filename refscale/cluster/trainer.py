@@ -1,4 +1,4 @@
-"""DPO on Ray Train: a TorchTrainer whose workers each run `training.run_worker`.
+"""DPO on Ray Train: a TorchTrainer whose workers each run `run_worker`.
 
 Resume is by name: the same fingerprint gives the same run name, and Ray Train then hands the latest
 checkpoint to the workers, after the death of a worker as after that of the driver. Checkpoints go
