@@ -245,17 +245,17 @@ def test_a_killed_job_resubmitted_on_s3_scores_the_rest_and_selects_as_an_embedd
     config.write_text(yaml.safe_dump(values))
     run_dir = s3.uri("submitted")
 
-    def published() -> list[str]:
-        """Names of the score shards that were put."""
+    def committed() -> set[str]:
+        """The score shards whose records were put: with its record a shard counts."""
         paths = [path for method, path in s3.requests if method == "PUT"]
-        found = (re.search(r"/scores/(shard-\d+)\.parquet", path) for path in paths)
-        return [match[1] for match in found if match]
+        found = (re.search(r"/scores/(shard-\d+)\.json", path) for path in paths)
+        return {match[1] for match in found if match}
 
     loaded = load_config(str(config), ["ray.address=null"])
     pipeline.prepare(Run(Store(run_dir), loaded))
-    # The store refuses what comes after the third shard, so the job is killed in the middle.
+    # The store refuses the fourth record and what follows, so the job is killed in the middle.
     s3.requests.clear()
-    s3.fail(10**6, when=lambda method, path: method == "PUT" and len(published()) > 3)
+    s3.fail(10**6, when=lambda method, path: method == "PUT" and len(committed()) > 3)
     with open(tmp_path / "killed.log", "w") as log:
         job = subprocess.Popen(
             cluster.command(str(config), run_dir, stage="score"),
@@ -264,21 +264,20 @@ def test_a_killed_job_resubmitted_on_s3_scores_the_rest_and_selects_as_an_embedd
             stderr=log,
         )
         deadline = time.monotonic() + 120
-        while len(published()) <= 3:
+        while len(committed()) <= 3:
             assert job.poll() is None and time.monotonic() < deadline, log.name
             time.sleep(0.1)
         cluster.driver_of("score").kill()
         assert job.wait(120) != 0
     s3.heal()
-    # A shard counts once its record is there too.
     scores = Store(run_dir).list_files("scores")
-    done = {name for name in published() if f"scores/{name}.json" in scores}
-    assert done
+    done = {name for name in committed() if f"scores/{name}.json" in scores}
+    assert len(done) == 3
 
     s3.requests.clear()
     again = cluster.submit(str(config), run_dir, stage="score")
     assert again.returncode == 0, again.stdout + again.stderr
-    assert len({*published()}) + len(done) == 10 and not done & {*published()}
+    assert len(committed()) == 7 and not done & committed()
     pipeline.select(Run(Store(run_dir), loaded))
 
     embedded = Run(Store(tmp_path / "embedded"), loaded)
