@@ -275,7 +275,23 @@ class TrainConfig(Section):
     seed: int = Field(42, description="Of the shuffling.")
     logging_steps: int = Field(1, gt=0, description="Optimizer steps between log rows.")
     save_steps: int = Field(100, gt=0, description="Optimizer steps between checkpoints.")
-    save_total_limit: int = Field(2, gt=0, description="Checkpoints kept.")
+    save_total_limit: int = Field(
+        2,
+        gt=0,
+        description="Checkpoints kept: the latest; with eval_steps the best by the holdout's loss,"
+        " and the latest.",
+    )
+    eval_steps: int | None = Field(
+        None,
+        gt=0,
+        description="Optimizer steps between measurements of loss and rewards on the holdout;"
+        " divides save_steps; default: none before the evaluation.",
+    )
+    load_best_model_at_end: bool = Field(
+        False,
+        description="The policy is the checkpoint with the lowest loss on the holdout instead of"
+        " the last one; needs eval_steps. The evaluation then looks at pairs that chose it.",
+    )
     report_to: list[str] = Field(default_factory=list, description="tensorboard, wandb, …")
     max_failures: int = Field(3, ge=0, description="Worker failures survived from checkpoints.")
     start_check_pairs: int = Field(
@@ -284,6 +300,17 @@ class TrainConfig(Section):
         description="Pairs whose stored sums are compared with the policy's at step 0.",
     )
     trl: dict[str, Any] = Field(default_factory=dict, description="Other DPOConfig fields.")
+
+    @model_validator(mode="after")
+    def _measured_when_saved(self) -> "TrainConfig":
+        if self.load_best_model_at_end and self.eval_steps is None:
+            raise ValueError("load_best_model_at_end needs eval_steps, which is not set")
+        if self.eval_steps is not None and self.save_steps % self.eval_steps:
+            raise ValueError(
+                f"eval_steps must divide save_steps, so that every checkpoint is measured, got"
+                f" {self.eval_steps} and {self.save_steps}"
+            )
+        return self
 
 
 class EvaluateConfig(Section):

@@ -23,7 +23,7 @@ from refscale import schema, summary
 from refscale.cluster.runtime import Step, disconnect, run_graph
 from refscale.cluster.trainer import read_log, train_on_ray
 from refscale.corpus import fragments, preparation
-from refscale.errors import EvaluationError, ScoringError
+from refscale.errors import ConfigError, EvaluationError, ScoringError
 from refscale.evaluation import holdout
 from refscale.progress import StageProgress, print_counts, print_table, say
 from refscale.run import Run, claim, write_config
@@ -37,6 +37,7 @@ from refscale.storage.stages import FileRecord, StageFolder
 from refscale.training.options import WorkerSettings
 
 STAGES = ("prepare", "score", "select", "train", "evaluate", "report")
+_HOLDOUT = "holdout"  # in training/, while a training measures itself
 
 
 def run_stages(run: Run, stages: Sequence[str] = STAGES) -> None:
@@ -332,6 +333,7 @@ def train(run: Run) -> dict[str, Any]:
     """DPO on the selection with the stored scores; the policy goes to policy/.
 
     Raises:
+        ConfigError: train.eval_steps without a holdout.
         TrainingError: The start check fails, the loss is not finite, or workers keep dying.
     """
     started = time.monotonic()
@@ -357,6 +359,7 @@ def train(run: Run) -> dict[str, Any]:
         output_dir="",
         policy_dir="",
         max_length=config.encoding.max_length,
+        holdout_files=_held_out(run, folder) if config.train.eval_steps else [],
         bf16=config.train.bf16
         if config.train.bf16 is not None
         else scores["fingerprint"]["dtype"] == "bfloat16",
@@ -383,6 +386,7 @@ def train(run: Run) -> dict[str, Any]:
             max_failures=config.train.max_failures,
             checkpoints_kept=config.train.save_total_limit,
         )
+    run.store.delete(folder.file(_HOLDOUT))
     seconds = time.monotonic() - started
     counts = {"pairs": selected["counts"]["kept"], "steps": metrics.get("steps")}
     folder.finish(
@@ -397,6 +401,34 @@ def train(run: Run) -> dict[str, Any]:
     )
     print_table("policy", summary.training_lines(metrics, seconds))
     return manifest
+
+
+def _held_out(run: Run, training: StageFolder) -> list[str]:
+    """Write the pairs that training measures itself on into its folder; files by path in the run.
+
+    They are those that the evaluation looks at.
+    """
+    config, corpus, scores = run.config, run.folder("corpus"), run.folder("scores")
+    held = _holdout_shards(corpus.require())
+    if not held:
+        raise ConfigError(
+            "train.eval_steps measures held-out pairs and there are none: set"
+            " corpus.holdout_fraction or mark a source holdout: true"
+        )
+    folder = training.part(_HOLDOUT)
+    last = summary.last_holdout_id(scores, held, config.evaluate.max_pairs)
+    finished = folder.finished_shards()
+    step = Step(passes.hold_out(corpus, scores, folder, last), num_cpus=config.ray.cpus_per_task)
+    todo = [{"shard": name} for name in held if name not in finished]
+    _ = run.cluster
+    records = [*finished.values(), *_records(run_graph(todo, [step]))]
+    return sorted(folder.file(record.name) for record in records if record.rows)
+
+
+def _holdout_shards(corpus: dict[str, Any]) -> dict[str, int]:
+    """Held-out pairs of each corpus shard that has any."""
+    held = {_stem(file["name"]): file["counts"]["holdout"] for file in corpus["files"]}
+    return {name: count for name, count in held.items() if count}
 
 
 class _TrainingProgress:
@@ -453,11 +485,7 @@ def evaluate(run: Run) -> dict[str, Any]:
     }
     if folder.begin(fingerprint, restart="evaluate" in run.restart):
         return _skipped(folder)
-    held = {
-        _stem(file["name"]): file["counts"]["holdout"]
-        for file in prepared["files"]
-        if file["counts"]["holdout"]
-    }
+    held = _holdout_shards(prepared)
     if not held:
         say("evaluate  no holdout: set corpus.holdout_fraction or mark a source holdout: true")
     settings = _scorer_settings(run).for_policy(run.store.uri_of("policy"))

@@ -82,6 +82,9 @@ SELECTION = pa.schema(
     ]
 )
 
+# Held-out pairs as training measures itself on them.
+HELD_OUT = pa.schema([field for field in SELECTION if field.name != "selection_key"])
+
 EVALUATION = pa.schema(
     [
         pa.field("pair_id", pa.binary(16), nullable=False),

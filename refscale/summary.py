@@ -137,6 +137,7 @@ def training_line(row: Mapping[str, Any]) -> str:
         ("loss", "loss {:.4f}"),
         ("rewards/accuracies", "accuracy {:.2f}"),
         ("rewards/margins", "margin {:.3f}"),
+        ("eval_loss", "holdout loss {:.4f}"),
         ("pairs_per_s", "{:.2f} pairs/s"),
     ):
         if isinstance(row.get(name), (int, float)):
@@ -152,9 +153,13 @@ def training_lines(metrics: Mapping[str, Any], seconds: float) -> Lines:
         ("train_loss", "mean loss"),
         ("rewards/accuracies", "last accuracy"),
         ("rewards/margins", "last margin"),
+        ("eval_loss", "holdout loss"),
     ):
         if isinstance(metrics.get(name), (int, float)):
             lines.append((label, f"{metrics[name]:.4f}"))
+    best = metrics.get("policy_step")
+    if best is not None and best != metrics.get("steps"):
+        lines.append(("policy", f"of step {best:,}, the best on the holdout"))
     if "train_path" in metrics:
         lines.append(("path", str(metrics["train_path"])))
     return lines

@@ -10,8 +10,8 @@ next steps. A worker killed before the upload is done resumes from the checkpoin
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,8 @@ def train_on_ray(
         gpus_per_worker: GPUs of each.
         threads: torch threads of each; None leaves torch's own number.
         max_failures: Failures of workers that are survived.
-        checkpoints_kept: Checkpoints kept in the run folder, the latest ones. There is no best one:
-            nothing but the training loss is measured before the evaluation.
+        checkpoints_kept: Checkpoints kept in the run folder: the latest ones; where the holdout is
+            measured (`eval_steps`), those with the lowest loss on it, and the latest.
 
     Returns:
         Rank 0's final metrics, as JSON can hold them; `resumed` says whether a checkpoint was used.
@@ -72,6 +72,7 @@ def train_on_ray(
     store = folder.store
     store.delete(folder.file(_FAILED))
     storage = store.uri_of(folder.file("checkpoints"))
+    score = {"checkpoint_score_attribute": "eval_loss", "checkpoint_score_order": "min"}
     trainer = ray.train.torch.TorchTrainer(
         _train_loop,
         train_loop_config={
@@ -93,7 +94,9 @@ def train_on_ray(
             name=name,
             storage_path=storage,
             failure_config=FailureConfig(max_failures=max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=checkpoints_kept),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=checkpoints_kept, **(score if settings.train["eval_steps"] else {})
+            ),
         ),
     )
     try:
@@ -175,7 +178,13 @@ def _run(config: Mapping[str, Any], context: Any) -> dict[str, Any]:
 
     with ExitStack() as stack:
         resume = stack.enter_context(checkpoint.as_directory()) if checkpoint else None
-        metrics = run_worker(settings, on_log=log.add, on_save=on_save, resume_from=resume)
+        metrics = run_worker(
+            settings,
+            on_log=log.add,
+            on_save=on_save,
+            resume_from=resume,
+            best_checkpoint=_best_checkpoint,
+        )
     publish()
     if context.get_world_rank() == 0:
         store.upload_folder(settings.policy_dir, policy.stage)
@@ -183,6 +192,25 @@ def _run(config: Mapping[str, Any], context: Any) -> dict[str, Any]:
     if first_of_node:
         _remove(work / "checkpoints", work / "policy", work / _TENSORBOARD)
     return plain({**metrics, "resumed": checkpoint is not None})
+
+
+@contextmanager
+def _best_checkpoint() -> Iterator[str]:
+    """Folder of the checkpoint with the lowest loss on the holdout; waits until all are uploaded.
+
+    Raises:
+        TrainingError: None was measured.
+    """
+    measured = [
+        (reported.metrics["eval_loss"], reported.checkpoint)
+        for reported in ray.train.get_all_reported_checkpoints()
+        if "eval_loss" in reported.metrics
+    ]
+    if not measured:
+        raise TrainingError("no checkpoint was measured on the holdout; its loss is not finite")
+    _, best = min(measured, key=lambda loss_and_checkpoint: loss_and_checkpoint[0])
+    with best.as_directory() as folder:
+        yield folder
 
 
 def _settings(given: WorkerSettings, folder: StageFolder, work: Path, rank: int) -> WorkerSettings:
@@ -195,6 +223,7 @@ def _settings(given: WorkerSettings, folder: StageFolder, work: Path, rank: int)
     return replace(
         given,
         selection_files=[store.fetch(file, str(own)) for file in given.selection_files],
+        holdout_files=[store.fetch(file, str(own)) for file in given.holdout_files],
         output_dir=str(work / "checkpoints"),
         policy_dir=str(work / "policy"),
         cache_dir=str(own / "datasets"),

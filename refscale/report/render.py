@@ -34,6 +34,9 @@ _CURVES: dict[str, dict[str, Any]] = {
     "rewards/accuracies": {"bounds": (0.0, 1.0), "reference": 0.5},
     "grad_norm": {},
     "learning_rate": {},
+    "eval_loss": {"reference": _LN2},
+    "eval_rewards/margins": {"reference": 0.0},
+    "eval_rewards/accuracies": {"bounds": (0.0, 1.0), "reference": 0.5},
 }
 
 

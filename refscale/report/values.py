@@ -18,7 +18,16 @@ from refscale.storage.store import Store
 from refscale.training.log import read_log
 
 FORMAT_VERSION = 1
-CURVES = ("loss", "rewards/margins", "rewards/accuracies", "grad_norm", "learning_rate")
+CURVES = (
+    "loss",
+    "rewards/margins",
+    "rewards/accuracies",
+    "grad_norm",
+    "learning_rate",
+    "eval_loss",
+    "eval_rewards/margins",
+    "eval_rewards/accuracies",
+)
 # Dense FLOP/s in 16 bits, of the maker's data sheets; of Hopper the SXM cards', the others are
 # slower.
 _PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}

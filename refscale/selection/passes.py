@@ -39,6 +39,7 @@ _SCATTERED_PAIRS = 1500
 _EXAMPLES = 4
 _EXAMPLE_CHARACTERS = 2000
 _SCORE_TABLE = ["pair_id", "source", "split", *SCORE_COLUMNS]
+_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 Item = dict[str, Any]
 
@@ -277,19 +278,39 @@ def keep_pairs(
         keys = keys_of(scored, decision.spec, decision.fit)
         kept = decision.mask(keys)
         scored = scored.append_column("selection_key", pa.array(keys.values)).filter(pa.array(kept))
-        encoded = corpus.read_table(
-            f"{shard}.parquet", columns=["pair_id", "prompt_ids", "chosen_ids", "rejected_ids"]
-        )
-        encoded = schema.matching_rows(
-            encoded, scored["pair_id"], f"scored pairs of {shard} are not in the corpus"
-        )
-        for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
-            scored = scored.append_column(name, encoded[name])
-        table = schema.conform(scored, schema.SELECTION, "selection")
+        table = schema.conform(_with_ids(scored, corpus, shard), schema.SELECTION, "selection")
         record = selection.commit_shard(shard, table)
         return {"record": json.dumps(asdict(record))}
 
     return keep
+
+
+def hold_out(
+    corpus: StageFolder, scores: StageFolder, target: StageFolder, up_to: bytes
+) -> Callable[[Item], Item]:
+    """The step that commits one shard's held-out pairs with a pair_id up to `up_to`."""
+
+    def hold(item: Item) -> Item:
+        shard = item["shard"]
+        scored = scores.read_table(f"{shard}.parquet", columns=_SCORE_TABLE)
+        ids = scored["pair_id"].cast(pa.binary())
+        wanted = pc.and_(pc.equal(scored["split"], schema.HOLDOUT), pc.less_equal(ids, up_to))
+        table = _with_ids(scored.filter(wanted), corpus, shard)
+        record = target.commit_shard(shard, schema.conform(table, schema.HELD_OUT, "holdout"))
+        return {"record": json.dumps(asdict(record))}
+
+    return hold
+
+
+def _with_ids(scored: pa.Table, corpus: StageFolder, shard: str) -> pa.Table:
+    """The scored pairs with their token ids, in the same order."""
+    encoded = corpus.read_table(f"{shard}.parquet", columns=["pair_id", *_IDS])
+    encoded = schema.matching_rows(
+        encoded, scored["pair_id"], f"scored pairs of {shard} are not in the corpus"
+    )
+    for name in _IDS:
+        scored = scored.append_column(name, encoded[name])
+    return scored
 
 
 def check(records: Iterable[FileRecord], decision: Decision) -> None:

@@ -25,6 +25,7 @@ class WorkerSettings:
         train: `TrainConfig.model_dump()`.
         model_name_or_path: The reference model, from which the policy starts.
         selection_files: Parquet files in `schema.SELECTION`, readable on every rank, in order.
+        holdout_files: The same in `schema.HELD_OUT`, for `eval_steps`.
         output_dir: Folder of checkpoints; the same path on every rank.
         policy_dir: Folder that rank 0 writes the policy to.
         max_length: `encoding.max_length`: the longest prompt + completion in the selection.
@@ -49,6 +50,7 @@ class WorkerSettings:
     output_dir: str
     policy_dir: str
     max_length: int
+    holdout_files: list[str] = dataclasses.field(default_factory=list)
     bf16: bool = False
     revision: str | None = None
     adapter: str | None = None
@@ -104,6 +106,9 @@ _OWNED = {
     "logging_steps": "train.logging_steps",
     "save_steps": "train.save_steps",
     "save_total_limit": "train.save_total_limit",
+    "eval_steps": "train.eval_steps",
+    "eval_strategy": "train.eval_steps",
+    "load_best_model_at_end": "train.load_best_model_at_end",
     "report_to": "train.report_to",
     "deepspeed": "train.deepspeed",
     "max_length": "encoding.max_length",
@@ -131,6 +136,8 @@ _REFUSED = {
     "fsdp": "FSDP makes TRL load a reference model; use train.deepspeed: zero3",
     "fsdp_config": "FSDP makes TRL load a reference model; use train.deepspeed: zero3",
     "logging_nan_inf_filter": "it would hide losses that are not finite",
+    "metric_for_best_model": "the best checkpoint is the one with the lowest loss on the holdout",
+    "greater_is_better": "the best checkpoint is the one with the lowest loss on the holdout",
     "remove_unused_columns": "the trainer reads exactly the columns of the selection",
     "auto_find_batch_size": "it would change the batch silently; lower"
     " train.per_device_train_batch_size",
@@ -286,6 +293,10 @@ def dpo_arguments(
         "save_strategy": "steps",
         "save_steps": train["save_steps"],
         "save_total_limit": train["save_total_limit"],
+        "eval_strategy": "steps" if train["eval_steps"] else "no",
+        "eval_steps": train["eval_steps"],
+        "per_device_eval_batch_size": train["per_device_train_batch_size"],
+        "prediction_loss_only": True,
         "report_to": list(train["report_to"]) or "none",
         "disable_tqdm": True,
     }

@@ -138,6 +138,7 @@ def model_card(settings: WorkerSettings, metrics: dict[str, Any]) -> str:
     shown = {
         "pairs": metrics["num_pairs"],
         "optimizer steps": metrics["steps"],
+        "weights of step": metrics["policy_step"],
         "loss": f"{train['loss_type']}, beta {train['beta']:g}",
         "learning rate": f"{train['learning_rate']:g}, {train['lr_scheduler_type']}",
         "batch": _batch(train),

@@ -1,8 +1,9 @@
 """One DPO worker: TRL's DPOTrainer on the selection, with the stored reference sums.
 
-In: the selection's parquet files (token ids and `ref_*_logps`), the reference model's folder and
-plain settings. Out: a policy folder that `AutoModelForCausalLM` loads, checkpoints, and one dict of
-metrics a log. Runs alone or as one rank of an initialised `torch.distributed` group; no Ray here.
+In: the selection's parquet files (token ids and `ref_*_logps`), with `eval_steps` held-out pairs
+too, the reference model's folder and plain settings. Out: a policy folder that
+`AutoModelForCausalLM` loads, checkpoints, and one dict of metrics a log. Runs alone or as one rank
+of an initialised `torch.distributed` group; no Ray here.
 
 Cost per pair: one policy forward and backward. No reference model is in memory and none is run: TRL
 reads the two stored sums instead. The parts, in the order in which they are used:
@@ -23,6 +24,7 @@ import os
 import socket
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -59,19 +61,24 @@ def run_worker(
     on_log: Callable[[dict[str, Any]], None],
     on_save: Callable[[str, dict[str, Any]], None],
     resume_from: str | None = None,
+    best_checkpoint: Callable[[], AbstractContextManager[str]] | None = None,
 ) -> dict[str, Any]:
     """Train the policy: what each rank runs.
 
     Args:
         settings: The same on every rank.
-        on_log: Called on rank 0 with each log's metrics.
+        on_log: Called on rank 0 with each log's metrics; a second time for a step at which the
+            holdout is measured, with its metrics beside the others.
         on_save: Called on every rank with the folder of a checkpoint that all ranks have finished
             writing on this node, and the latest metrics (empty off rank 0). It may move the folder
             away; else `save_total_limit` of them stay on rank 0's node, and all on others.
         resume_from: A checkpoint folder that `on_save` got, with the files of all ranks.
+        best_checkpoint: Called on every rank after the last step where `load_best_model_at_end` is
+            set; gives the folder of the checkpoint with the lowest `eval_loss`.
 
     Returns:
-        The final metrics; those of the last log are in rank 0's only.
+        The final metrics; those of the last log are in rank 0's only. `policy_step` is the step
+        whose weights the policy has.
 
     Raises:
         ConfigError: The training options are wrong.
@@ -91,6 +98,11 @@ def run_worker(
     if resume_from is not None:
         check_checkpoint(resume_from, settings)
     dataset = load_selection(settings.selection_files, settings.cache_dir)
+    holdout = (
+        load_selection(settings.holdout_files, settings.cache_dir)
+        if settings.train["eval_steps"]
+        else None
+    )
     sequential = settings.train["order"] == "easy_to_hard"
     if sequential:
         dataset = easy_to_hard(dataset, settings.easiest)
@@ -111,6 +123,7 @@ def run_worker(
             model=model,
             args=args,
             train_dataset=dataset,
+            eval_dataset=holdout,
             processing_class=tokenizer,
             peft_config=peft_config(settings.train["peft"]),
             callbacks=[reporter],
@@ -121,6 +134,10 @@ def run_worker(
         trainer.remove_callback(PrinterCallback)
         reporter.trainer = trainer
         metrics = _train(trainer, resume_from)
+        metrics["policy_step"] = metrics["steps"]
+        if settings.train["load_best_model_at_end"] and best_checkpoint is not None:
+            with best_checkpoint() as folder:
+                metrics["policy_step"] = _load_best(trainer, folder, settings)
         metrics = {
             **{k: v for k, v in reporter.latest.items() if isinstance(v, (int, float))},
             **reporter.start,
@@ -149,6 +166,16 @@ def _train(trainer: PrecomputedDPOTrainer, resume_from: str | None) -> dict[str,
         "train_runtime_s": output.metrics["train_runtime"],
         "pairs_per_s": trainer.pairs_seen / output.metrics["train_runtime"],
     }
+
+
+def _load_best(trainer: PrecomputedDPOTrainer, folder: str, settings: WorkerSettings) -> int:
+    """Give the trainer the weights of a checkpoint; the step they are of."""
+    check_checkpoint(folder, settings)  # before its pickles are read
+    step = int(json.loads((Path(folder) / "trainer_state.json").read_text())["global_step"])
+    if step != trainer.state.global_step:
+        trainer.state.best_model_checkpoint = folder
+        trainer._load_best_model()
+    return step
 
 
 class _AlreadyTrained(Exception):
@@ -204,15 +231,22 @@ class _Reporter(TrainerCallback):  # type: ignore[misc]
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any
     ) -> None:
-        if "loss" not in logs or not state.is_world_process_zero:
+        if not {"loss", "eval_loss"} & logs.keys() or not state.is_world_process_zero:
             return
+        # The holdout is measured after a step is logged, and belongs to the same row.
+        same_step = self.latest.get("step") == state.global_step
         self.latest = {
+            **(self.latest if same_step else {}),
             **logs,
             "step": state.global_step,
             "max_steps": state.max_steps,
             **(self.start if state.global_step <= 1 else {}),
         }
         self.report(dict(self.latest))
+
+    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        assert self.trainer is not None, "the trainer is attached before train()"
+        self.trainer.restart_clock()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.trainer is not None, "the trainer is attached before train()"

@@ -49,6 +49,9 @@ def write_config(folder, model, **changes):
             "per_device_train_batch_size": 4,
             "learning_rate": 1e-3,
             "max_steps": 3,
+            "save_steps": 2,
+            "eval_steps": 2,
+            "load_best_model_at_end": True,
         },
         "evaluate": {"flipped_column": "wrong"},
         "ray": {"replicas": 2},
@@ -170,6 +173,20 @@ def test_training_starts_at_ln_2_and_leaves_a_policy_that_differs_from_the_refer
     )
     logged = [json.loads(line) for line in (run / "training/log.jsonl").open()]
     assert [row["step"] for row in logged] == [1, 2, 3]
+
+
+def test_the_policy_is_the_checkpoint_with_the_lowest_loss_on_the_holdout(finished):
+    _, run = finished
+    logged = [json.loads(line) for line in (run / "training/log.jsonl").open()]
+    measured = {row["step"]: row["eval_loss"] for row in logged if "eval_loss" in row}
+    assert list(measured) == [2, 3]
+    step = manifest(run, "policy")["details"]["policy_step"]
+    assert step == min(measured, key=measured.get)
+    # The evaluation looks at the same pairs: its mean margin is that of the measured step.
+    (row,) = [row for row in logged if row["step"] == step]
+    margin = manifest(run, "evaluation")["details"]["overall"]["reward_margin"]["after"]["value"]
+    assert row["eval_rewards/margins"] == pytest.approx(margin, abs=1e-3)
+    assert not (run / "training/holdout").exists()
 
 
 def test_evaluation_covers_the_holdout(finished):

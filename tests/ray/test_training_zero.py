@@ -4,6 +4,7 @@ The ranks are plain processes, started as a launcher would, and do all trainings
 Train's own part is in test_train_failures.py.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -152,11 +153,15 @@ def rank_main(plan: Path) -> None:
             # Every rank's part is there when any rank is told.
             saved.append([folder, sorted(os.listdir(folder))])
 
+        def first_checkpoint(saved: list = saved) -> Any:
+            return contextlib.nullcontext(saved[0][0])
+
         metrics = run_worker(
             WorkerSettings(**fields),
             on_log=logs.append,
             on_save=on_save,
             resume_from=run.get("resume_from"),
+            best_checkpoint=first_checkpoint,
         )
         results.append({"metrics": metrics, "logs": logs, "saved": saved})
     if os.environ["RANK"] == "0":
@@ -184,6 +189,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "tokens": {"deepspeed": "zero2", "token_budget": 90},
     "bf16": {"deepspeed": "zero3"},
 }
+BEST = ("ddp", "zero3", "lora")  # end with the weights of their first checkpoint
 LN2 = 0.693147
 
 
@@ -219,6 +225,12 @@ def train_all(out: Path) -> Trained:
             runs.append({"settings": settings, "resume_from": resume})
             names.append(kind)
     runs, names = runs[:-1], names[:-1]  # bf16 need not be resumed
+    best = {"eval_steps": SAVE_STEPS, "load_best_model_at_end": True}
+    for name in BEST:
+        settings = settings_of(inputs, out / f"{name}-best", **TRAININGS[name], **best)
+        settings["holdout_files"] = settings["selection_files"]  # only what is done with it counts
+        runs.append({"settings": settings})
+        names.append(f"{name}-best")
     codes, results = launch(out, runs)
     assert codes == [0, 0], (out / "rank0.log").read_text()[-3000:]
     return Trained(inputs, out, dict(zip(names, results, strict=True)))
@@ -257,6 +269,31 @@ def test_zero_only_partitions_and_packs_only_pack(trained: Trained, preset: str)
     np.testing.assert_allclose(losses(results[preset]), losses(results["ddp"]), atol=1e-5)
     assert_same_policy(out / preset / "policy", out / "ddp" / "policy", 1e-4)
     AutoModelForCausalLM.from_pretrained(out / preset / "policy")
+
+
+@pytest.mark.parametrize("name", BEST)
+def test_the_best_checkpoint_becomes_the_policy(trained: Trained, name: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    out, result = trained.out, trained.results[f"{name}-best"]
+    assert result["metrics"]["policy_step"] == SAVE_STEPS and result["metrics"]["steps"] == STEPS
+    np.testing.assert_allclose(result["logs"][0]["loss"], losses(trained.results[name])[0])
+    # The holdout is the selection: its loss is below ln 2 once it is trained on.
+    measured = [log["eval_loss"] for log in result["logs"] if "eval_loss" in log]
+    assert len(measured) == 2 and measured[1] < measured[0] < LN2
+    policy = AutoModelForCausalLM.from_pretrained(out / f"{name}-best" / "policy").state_dict()
+    last = AutoModelForCausalLM.from_pretrained(out / name / "policy").state_dict()
+    assert any(not weight.equal(last[key]) for key, weight in policy.items())
+    saved = Path(result["saved"][0][0])
+    if name == "ddp":  # the others' checkpoints hold partitions or an adapter
+        first = AutoModelForCausalLM.from_pretrained(saved).state_dict()
+        assert all(weight.equal(first[key]) for key, weight in policy.items())
+    if name == "lora":
+        from safetensors.torch import load_file
+
+        written = load_file(out / "lora-best/policy/adapter/adapter_model.safetensors")
+        checkpoint = load_file(saved / "adapter_model.safetensors")
+        assert all(weight.equal(checkpoint[key]) for key, weight in written.items())
 
 
 def test_lora_writes_its_adapter_beside_the_merged_policy(trained: Trained) -> None:

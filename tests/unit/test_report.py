@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -387,6 +388,39 @@ def test_hostile_text_stays_text(tmp_path):
     assert not re.search("[\x00-\x08\x0b-\x1f\u202e]", html)
     assert r"\u202ebidi \x00\x1b[31m" in html
     assert "url(" not in html and "@import" not in html
+
+
+_MARK = "document.documentElement.setAttribute('data-owned', 'yes')"
+ACTIVE = (
+    f'</p></details><script>{_MARK}</script><img src=x onerror="{_MARK}"><svg onload="{_MARK}">'
+)
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
+
+
+def dom_of(page, folder):
+    """The page's DOM after a browser has loaded it and run what it runs."""
+    path = folder / "page.html"
+    path.write_text(page, encoding="utf-8")
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command += [
+        f"--user-data-dir={folder / 'profile'}",
+        "--virtual-time-budget=2000",
+        path.as_uri(),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "</html>" in done.stdout, done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on this machine")
+def test_a_browser_runs_nothing_that_a_pair_holds(tmp_path):
+    html = render_html(make_run(tmp_path / "run", text=ACTIVE).data())
+    assert "data-owned=" not in dom_of(html, tmp_path)
+    # Elsewhere the same text does run; put unescaped into the report, its policy still forbids it.
+    assert 'data-owned="yes"' in dom_of(f"<html><body>{ACTIVE}</body></html>", tmp_path)
+    unescaped = html.replace("<header>", f"<header>{ACTIVE}")
+    assert unescaped != html
+    assert "data-owned=" not in dom_of(unescaped, tmp_path)
 
 
 def test_half_a_surrogate_pair_of_a_chat_message_can_be_written():

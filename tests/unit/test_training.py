@@ -1,5 +1,6 @@
 """The DPO worker: no reference model, the right loss, honest refusals, exact resume."""
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -393,6 +394,90 @@ def test_an_unmerged_adapter_is_the_policy_where_asked(settings: WorkerSettings)
     assert {"adapter_config.json", "adapter_model.safetensors"} <= files
     assert "model.safetensors" not in files
     AutoModelForCausalLM.from_pretrained(settings.policy_dir)
+
+
+# --- the holdout, measured while training
+
+
+@pytest.fixture
+def measured(
+    settings: WorkerSettings, tmp_path: Path, rows: list[dict[str, Any]]
+) -> WorkerSettings:
+    """Trains on the first 16 pairs and measures the other 8 after steps 2, 4, 6 and 7."""
+    holdout = tmp_path / "holdout.parquet"
+    pq.write_table(pa.Table.from_pylist(rows[16:], schema=schema.HELD_OUT), holdout)
+    return dataclasses.replace(
+        changed(settings, max_steps=7, eval_steps=2, save_steps=2, save_total_limit=9),
+        selection_files=[write_selection(tmp_path / "train.parquet", rows[:16])],
+        holdout_files=[str(holdout)],
+    )
+
+
+def loss_on(folder: str, rows: list[dict[str, Any]]) -> float:
+    """DPO's sigmoid loss of a model in `folder` by plain forwards, beta 0.1."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    total = 0.0
+    for row in rows:
+        chosen, rejected = (
+            sums(model, row["prompt_ids"], row[f"{side}_ids"]) - row[f"ref_{side}_logps"]
+            for side in ("chosen", "rejected")
+        )
+        total += math.log1p(math.exp(-0.1 * (chosen - rejected)))
+    return total / len(rows)
+
+
+@pytest.mark.parametrize("packed", ["on", "off"])
+def test_the_holdout_is_measured_at_every_checkpoint_and_changes_nothing(
+    measured: WorkerSettings, rows: list[dict[str, Any]], packed: str
+) -> None:
+    measured = dataclasses.replace(measured, train={**measured.train, "packed": packed})
+    saved: dict[str, float] = {}
+    _, logs = run(measured, on_save=lambda folder, row: saved.update({folder: row["eval_loss"]}))
+    assert [Path(folder).name for folder in saved] == [f"checkpoint-{n}" for n in (2, 4, 6, 7)]
+    for folder, loss in saved.items():
+        assert loss == pytest.approx(loss_on(folder, rows[16:]), abs=1e-5)
+    # The second row of a step has what the first had, and the holdout's metrics.
+    steps = [log["step"] for log in logs]
+    assert steps == [1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 7]
+    for log in (logs[i] for i in (2, 5, 8, 10)):
+        assert {"loss", "eval_loss", "eval_rewards/margins", "eval_rewards/accuracies"} <= set(log)
+    assert all("eval_loss" not in logs[i] for i in (0, 1, 3, 6))
+    plain = dataclasses.replace(
+        measured, train={**measured.train, "eval_steps": None}, holdout_files=[]
+    )
+    _, undisturbed = run(plain)
+    once = {log["step"]: log["loss"] for log in logs}
+    assert list(once.values()) == [log["loss"] for log in undisturbed]
+
+
+def test_the_policy_is_the_best_checkpoint_where_asked(measured: WorkerSettings) -> None:
+    asked = {**measured.train, "load_best_model_at_end": True}
+    folders: list[str] = []
+    metrics, _ = run(
+        dataclasses.replace(measured, train=asked),
+        on_save=lambda folder, row: folders.append(folder),
+        best_checkpoint=lambda: contextlib.nullcontext(folders[1]),
+    )
+    assert metrics["policy_step"] == 4 and metrics["steps"] == 7
+    policy, best, last = (
+        AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        for folder in (measured.policy_dir, folders[1], folders[-1])
+    )
+    assert all(torch.equal(weight, best[name]) for name, weight in policy.items())
+    assert not all(torch.equal(weight, last[name]) for name, weight in policy.items())
+    card = (Path(measured.policy_dir) / "README.md").read_text()
+    assert "| weights of step | 4 |" in card
+
+
+def test_the_best_checkpoint_must_be_one_of_this_training(
+    measured: WorkerSettings, tmp_path: Path
+) -> None:
+    asked = {**measured.train, "load_best_model_at_end": True}
+    with pytest.raises(TrainingError, match="is not a checkpoint of refscale"):
+        run(
+            dataclasses.replace(measured, train=asked),
+            best_checkpoint=lambda: contextlib.nullcontext(str(tmp_path)),
+        )
 
 
 # --- logs
