@@ -12,18 +12,15 @@ the same command resumes.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import corpora
-from benchmarks.common import BenchmarkError, Row, load_result, markdown_table, write_result
+from benchmarks.common import Row, load_result, markdown_table, write_result
 
 UNITS = {
     "accuracy": "of held-out pairs",
@@ -55,41 +52,6 @@ COLUMNS = [
 ]
 
 
-def corpus_rows(
-    name: str, arguments: argparse.Namespace
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Training and holdout rows of a made corpus or a file."""
-    sizes = (arguments.train, arguments.holdout)
-    flip = {} if arguments.flip is None else {"flipped": arguments.flip}
-    if name in corpora.MADE:
-        return corpora.MADE[name](*sizes, seed=arguments.corpus_seed, **flip)
-    path = Path(name)
-    if not path.is_file():
-        raise BenchmarkError(
-            f"{name!r} is neither a file nor a made corpus ({', '.join(corpora.MADE)})"
-        )
-    return corpora.from_file(path, *sizes, seed=arguments.corpus_seed, **flip)
-
-
-def write_corpus(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Write a corpus' files and the config that trains on them; facts about it."""
-    from refscale.demo import CONFIG, cached_model
-
-    train, holdout = corpus_rows(name, arguments)
-    folder.mkdir(parents=True, exist_ok=True)
-    for file, rows in (("train.jsonl", train), ("holdout.jsonl", holdout)):
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / file).write_text(text, encoding="utf-8")
-    model = arguments.model or str(cached_model())
-    config = yaml.safe_load(CONFIG.format(model=json.dumps(model)))
-    config["corpus"]["max_bad_fraction"] = 1.0  # real corpora hold empty and equal sides
-    flipped = sum(row["label_flipped"] for row in train)
-    # Without a wrong label there is no purity to show.
-    config["evaluate"]["flipped_column"] = "label_flipped" if flipped else None
-    (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    return {"train": len(train), "holdout": len(holdout), "flipped": flipped}
-
-
 def compare_corpus(name: str, arguments: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
     """The rows of one corpus, and facts about it."""
     from refscale.config_file import load_config
@@ -97,8 +59,7 @@ def compare_corpus(name: str, arguments: argparse.Namespace) -> tuple[list[Row],
     from refscale.experiments.comparison import compare
     from refscale.storage.store import Store
 
-    folder = Path(arguments.work) / (name if name in corpora.MADE else Path(name).stem)
-    facts = write_corpus(name, folder, arguments)
+    folder, facts = corpora.write(name, arguments)
     config = load_config(str(folder / "config.yaml"), arguments.set)
     run = folder / "run"
     result = compare(
@@ -147,27 +108,20 @@ def _audit_row(quality: dict[str, Any]) -> Row:
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare, write the result, print the table."""
     parser = argparse.ArgumentParser(prog="refscale bench compare", description=__doc__)
-    parser.add_argument("--corpora", nargs="+", default=["docstrings"], help="made, or jsonl files")
+    corpora.add_arguments(parser, work="compare-work", train=240, holdout=60)
     parser.add_argument("--arms", nargs="+", default=None, help="default: the whole grid")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--train", type=int, default=240, help="training pairs")
-    parser.add_argument("--holdout", type=int, default=60, help="held-out pairs")
-    parser.add_argument("--flip", type=float, default=None, help="share of flipped training labels")
-    parser.add_argument("--corpus-seed", type=int, default=0)
-    parser.add_argument("--model", default=None, help="default: the demo's SmolLM2-135M-Instruct")
     parser.add_argument("--parallel", type=int, default=None, help="trainings side by side")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
-    parser.add_argument("--work", default="compare-work", help="folder of the runs")
-    parser.add_argument("--out", default=None, help="result file or folder")
     arguments = parser.parse_args(argv)
     rows: list[Row] = []
     data: dict[str, Any] = {}
     for name in arguments.corpora:
-        found, data[Path(name).stem] = compare_corpus(name, arguments)
+        found, data[corpora.label(name)] = compare_corpus(name, arguments)
         rows += found
+    config = {**vars(arguments), "corpora": [corpora.label(name) for name in arguments.corpora]}
     path = write_result(
         "compare",
-        config=vars(arguments),
+        config=config,
         rows=rows,
         units=UNITS,
         columns=COLUMNS,

@@ -7,9 +7,11 @@
     a file      a jsonl with chosen and rejected, split by prompt, training labels flipped at random
 
 In: sizes, a seed. Out: training rows and clean holdout rows with prompt, chosen, rejected and
-label_flipped, which is true where the sides were swapped. Standard library only; seconds.
+label_flipped, which is true where the sides were swapped; `write` puts them into a folder with the
+config of a run on them, as the benchmarks' arguments ask. Seconds.
 """
 
+import argparse
 import json
 import math
 import random
@@ -17,6 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from benchmarks.common import BenchmarkError
 from refscale import demo
 from refscale.errors import CorpusError
 
@@ -177,3 +182,60 @@ MADE: dict[str, Callable[..., tuple[Rows, Rows]]] = {
     "graded": graded,
     "facts": facts,
 }
+
+
+# -- for benchmarks --------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, work: str, train: int, holdout: int) -> None:
+    """The arguments of a benchmark on these corpora; `write` reads them."""
+    parser.add_argument("--corpora", nargs="+", default=["docstrings"], help="made, or jsonl files")
+    parser.add_argument("--train", type=int, default=train, help="training pairs")
+    parser.add_argument("--holdout", type=int, default=holdout, help="held-out pairs")
+    parser.add_argument("--flip", type=float, default=None, help="share of flipped training labels")
+    parser.add_argument("--corpus-seed", type=int, default=0)
+    parser.add_argument("--model", default=None, help="default: the demo's SmolLM2-135M-Instruct")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    parser.add_argument("--work", default=work, help="folder of the runs")
+    parser.add_argument("--out", default=None, help="result file or folder")
+
+
+def write(name: str, arguments: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
+    """Write a corpus' files and the config of a run on it; their folder, and facts about it.
+
+    Raises:
+        BenchmarkError: `name` is neither a made corpus nor a file.
+        CorpusError: The file cannot be used.
+    """
+    sizes = (arguments.train, arguments.holdout)
+    options: dict[str, Any] = {"seed": arguments.corpus_seed}
+    if arguments.flip is not None:
+        options["flipped"] = arguments.flip
+    path = Path(name)
+    if name in MADE:
+        train, holdout = MADE[name](*sizes, **options)
+    elif path.is_file():
+        train, holdout = from_file(path, *sizes, **options)
+    else:
+        raise BenchmarkError(f"{name!r} is neither a file nor a made corpus ({', '.join(MADE)})")
+    folder = Path(arguments.work) / label(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, rows in (("train.jsonl", train), ("holdout.jsonl", holdout)):
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / file).write_text(text, encoding="utf-8")
+    model = arguments.model or str(demo.cached_model())
+    config = yaml.safe_load(demo.CONFIG.format(model=json.dumps(model)))
+    config["corpus"]["max_bad_fraction"] = 1.0  # real corpora hold empty and equal sides
+    flipped = sum(row["label_flipped"] for row in train)
+    # Without a wrong label there is no purity to show.
+    config["evaluate"]["flipped_column"] = "label_flipped" if flipped else None
+    (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    return folder, {"train": len(train), "holdout": len(holdout), "flipped": flipped}
+
+
+def label(name: str) -> str:
+    """What a corpus is called in results: a file by its folder, if that says more."""
+    path = Path(name)
+    if name in MADE:
+        return name
+    return path.parent.name if path.stem in ("pairs", "train", "data") else path.stem

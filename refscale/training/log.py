@@ -10,7 +10,7 @@ and ours: pairs_per_s and tokens_per_s of all ranks since the last row (tokens a
 them: a prompt for each of its completions); rank 0's model_flops_per_s, whose share of the device's
 peak is MFU (useful tokens only: a prompt once), and peak_memory_gib. The first row also has
 start_check_…; the row of a step after which the holdout was measured also has TRL's metrics of it:
-eval_loss, eval_rewards/margins, ….
+eval_loss, eval_rewards/margins, … (means over batches, whatever their size).
 """
 
 import json

@@ -102,6 +102,7 @@ def test_every_config_shown_is_valid(path):
     for block in re.findall(r"^```yaml\n(.*?)^```", text, re.M | re.S):
         values = yaml.safe_load(block)
         values.setdefault("model", {"model_name_or_path": "model"})
+        values.setdefault("corpus", {"sources": [{"path": "pairs.jsonl"}]})
         parse_config(values, f"a config in {path.name}")
 
 

@@ -1,0 +1,163 @@
+"""How well does the reference model's doubt find wrong labels, and what does each selection hold?
+
+    refscale bench audit --corpora docstrings graded facts
+    refscale bench audit --corpora pairs.jsonl --flip 0.2      # a real corpus, labels flipped
+
+Scores each corpus once and trains nothing. A row for each strategy and kept part: how many labels
+are right in it, how much longer its chosen side is, and the AUC of the key for a right label; and a
+row for the list of the most doubted pairs, with its precision. Costs the scoring of the pairs.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import corpora
+from benchmarks.common import Row, load_result, markdown_table, write_result
+
+STRATEGIES = ("mean_margin", "margin", "length_adjusted_margin")
+PARTS = (("largest", 0.5), ("largest", 0.3), ("smallest", 0.5))
+UNITS = {
+    "right_labels": "of the part",
+    "length_difference": "tokens, chosen minus rejected",
+    "auc": "of the key for a right label",
+}
+COLUMNS = [
+    "corpus",
+    "strategy",
+    "part",
+    "pairs",
+    "right_labels",
+    "low",
+    "high",
+    "length_difference",
+    "auc",
+    "precision_at_25",
+    "precision_at_flipped",
+]
+
+
+def audit_corpus(name: str, arguments: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
+    """The rows of one corpus, and facts about it."""
+    from refscale import pipeline
+    from refscale.cluster.runtime import disconnect
+    from refscale.config_file import load_config
+    from refscale.experiments.audit import audit
+    from refscale.run import Run, claim
+    from refscale.storage.locks import RunLock
+    from refscale.storage.store import Store
+
+    folder, facts = corpora.write(name, arguments)
+    config = load_config(str(folder / "config.yaml"), arguments.set)
+    store = Store(str(folder / "run"))
+    rows: list[Row] = []
+    with RunLock(store):
+        run = Run(store, config, restart=frozenset({"select"}))
+        claim(run)
+        try:
+            prepared, scored = pipeline.prepare(run), pipeline.score(run)
+            for strategy in STRATEGIES:
+                for keep, fraction in PARTS:
+                    options = {"strategy": strategy, "keep": keep, "fraction": fraction}
+                    rows.append({"corpus": corpora.label(name), **_part(run, options)})
+        finally:
+            disconnect()
+    whole = rows[0].pop("_all")
+    for row in rows[1:]:
+        row.pop("_all")
+    rows.insert(0, {"corpus": corpora.label(name), "strategy": "–", **whole})
+    if facts["flipped"]:
+        quality = audit(store, flipped_column="label_flipped", split="train").quality
+        assert quality is not None, "a column was named"
+        rows.append({"corpus": corpora.label(name), **_doubt(quality)})
+    facts["refused"] = prepared["counts"]["quarantined"]
+    facts["scoring_s"] = scored["seconds"]
+    return rows, facts
+
+
+def _part(run: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """One selection's figures, and under "_all" those of all pairs."""
+    from dataclasses import replace
+
+    from refscale import pipeline
+    from refscale.selection import passes
+    from refscale.selection.order import Decision
+
+    select = run.config.select.model_copy(update=options)
+    mine = replace(run, config=run.config.model_copy(update={"select": select}))
+    facts = pipeline.select(mine)["details"]
+    row: dict[str, Any] = {
+        "strategy": options["strategy"],
+        "part": f"{options['keep']} {options['fraction']}",
+        "pairs": facts["num_kept"],
+        "length_difference": facts["kept"]["mean_length_difference"],
+    }
+    whole: dict[str, Any] = {
+        "part": "all",
+        "pairs": facts["num_pairs"],
+        "length_difference": facts["all"]["mean_length_difference"],
+    }
+    column = run.config.evaluate.flipped_column
+    if column is not None:
+        decision = Decision.from_json(run.store.read_json("selection/selection.json")["decision"])
+        shards = [
+            file["name"].removesuffix(".parquet")
+            for file in run.folder("scores").require()["files"]
+        ]
+        purity = passes.purity(run.folder("corpus"), run.folder("scores"), shards, decision, column)
+        for target, name in ((row, "kept"), (whole, "corpus")):
+            target["right_labels"] = purity[name]["value"]
+            target.update({end: purity[name][end] for end in ("low", "high")})
+        if options["keep"] == "largest":
+            row["auc"] = purity["auc"]
+    return {**row, "_all": whole}
+
+
+def _doubt(quality: dict[str, Any]) -> dict[str, Any]:
+    precision = {k: at["value"] for k, at in quality["precision"].items()}
+    return {
+        "strategy": "mean_margin",
+        "part": "most doubted",
+        "pairs": quality["n"],
+        "auc": quality["auc"],
+        "precision_at_25": precision.get("25"),
+        "precision_at_flipped": precision.get(str(quality["n_flipped"])),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Score, audit, write the result, print the table."""
+    parser = argparse.ArgumentParser(prog="refscale bench audit", description=__doc__)
+    corpora.add_arguments(parser, work="audit-work", train=240, holdout=20)
+    arguments = parser.parse_args(argv)
+    rows: list[Row] = []
+    data: dict[str, Any] = {}
+    for name in arguments.corpora:
+        found, data[corpora.label(name)] = audit_corpus(name, arguments)
+        rows += found
+    config = {**vars(arguments), "corpora": [corpora.label(name) for name in arguments.corpora]}
+    path = write_result(
+        "audit",
+        config=config,
+        rows=rows,
+        units=UNITS,
+        columns=COLUMNS,
+        data=data,
+        notes=[
+            "right labels with Wilson's 95 % interval; what was not flipped on purpose counts as"
+            " right, though people err too",
+            "precision_at_flipped: wrong labels among as many most doubted pairs as were flipped",
+        ],
+        out=arguments.out,
+    )
+    print(markdown_table(load_result(path)))
+    print(f"wrote {path}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
