@@ -335,7 +335,8 @@ def rank_main(plan: dict[str, Any]) -> None:
     )
     model, tokenizer = load_policy(settings, device)
     rank = int(os.environ["RANK"])
-    dataset = load_selection(settings.selection_files, f"{plan['run']}/datasets-{rank}")
+    # One folder for all ranks: TRL's precompute has rank 0 write what the others read.
+    dataset = load_selection(settings.selection_files, f"{plan['run']}/datasets")
     ends: list[float] = []
     precompute_s: list[float] = []
 
