@@ -152,7 +152,7 @@ class PrecomputedDPOTrainer(DPOTrainer):  # type: ignore[misc]
                 f" {self.args.process_index}; lower train.learning_rate (now"
                 f" {self.args.learning_rate:g}) or train.max_grad_norm, or set train.bf16: false"
             )
-        if not self.model.training:  # measuring the holdout
+        if not torch.is_grad_enabled():  # the holdout is measured
             return result
         self._useful.append(useful_tokens(inputs))
         if self.token_budget is not None and self._micro_batches:
