@@ -17,7 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import corpora
-from benchmarks.common import Row, load_result, markdown_table, write_result
+from benchmarks.common import Row
 
 STRATEGIES = ("mean_margin", "margin", "length_adjusted_margin")
 PARTS = (("largest", 0.5), ("largest", 0.3), ("smallest", 0.5))
@@ -55,6 +55,7 @@ def audit_corpus(name: str, arguments: argparse.Namespace) -> tuple[list[Row], d
     config = load_config(str(folder / "config.yaml"), arguments.set)
     store = Store(str(folder / "run"))
     rows: list[Row] = []
+    whole: Row = {}
     with RunLock(store):
         run = Run(store, config, restart=frozenset({"select"}))
         claim(run)
@@ -63,24 +64,22 @@ def audit_corpus(name: str, arguments: argparse.Namespace) -> tuple[list[Row], d
             for strategy in STRATEGIES:
                 for keep, fraction in PARTS:
                     options = {"strategy": strategy, "keep": keep, "fraction": fraction}
-                    rows.append({"corpus": corpora.label(name), **_part(run, options)})
+                    part, whole = _part(run, options)
+                    rows.append(part)
         finally:
             disconnect()
-    whole = rows[0].pop("_all")
-    for row in rows[1:]:
-        row.pop("_all")
-    rows.insert(0, {"corpus": corpora.label(name), "strategy": "–", **whole})
+    rows.insert(0, whole)
     if facts["flipped"]:
         quality = audit(store, flipped_column="label_flipped", split="train").quality
         assert quality is not None, "a column was named"
-        rows.append({"corpus": corpora.label(name), **_doubt(quality)})
+        rows.append(_doubt(quality))
     facts["refused"] = prepared["counts"]["quarantined"]
     facts["scoring_s"] = scored["seconds"]
-    return rows, facts
+    return [{"corpus": corpora.label(name), **row} for row in rows], facts
 
 
-def _part(run: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """One selection's figures, and under "_all" those of all pairs."""
+def _part(run: Any, options: dict[str, Any]) -> tuple[Row, Row]:
+    """One selection's figures, and those of all pairs."""
     from dataclasses import replace
 
     from refscale import pipeline
@@ -90,13 +89,14 @@ def _part(run: Any, options: dict[str, Any]) -> dict[str, Any]:
     select = run.config.select.model_copy(update=options)
     mine = replace(run, config=run.config.model_copy(update={"select": select}))
     facts = pipeline.select(mine)["details"]
-    row: dict[str, Any] = {
+    row: Row = {
         "strategy": options["strategy"],
         "part": f"{options['keep']} {options['fraction']}",
         "pairs": facts["num_kept"],
         "length_difference": facts["kept"]["mean_length_difference"],
     }
-    whole: dict[str, Any] = {
+    whole: Row = {
+        "strategy": "–",
         "part": "all",
         "pairs": facts["num_pairs"],
         "length_difference": facts["all"]["mean_length_difference"],
@@ -114,10 +114,10 @@ def _part(run: Any, options: dict[str, Any]) -> dict[str, Any]:
             target.update({end: purity[name][end] for end in ("low", "high")})
         if options["keep"] == "largest":
             row["auc"] = purity["auc"]
-    return {**row, "_all": whole}
+    return row, whole
 
 
-def _doubt(quality: dict[str, Any]) -> dict[str, Any]:
+def _doubt(quality: dict[str, Any]) -> Row:
     precision = {k: at["value"] for k, at in quality["precision"].items()}
     return {
         "strategy": "mean_margin",
@@ -134,29 +134,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="refscale bench audit", description=__doc__)
     corpora.add_arguments(parser, work="audit-work", train=240, holdout=20)
     arguments = parser.parse_args(argv)
-    rows: list[Row] = []
-    data: dict[str, Any] = {}
-    for name in arguments.corpora:
-        found, data[corpora.label(name)] = audit_corpus(name, arguments)
-        rows += found
-    config = {**vars(arguments), "corpora": [corpora.label(name) for name in arguments.corpora]}
-    path = write_result(
+    return corpora.measure(
         "audit",
-        config=config,
-        rows=rows,
+        arguments,
+        audit_corpus,
         units=UNITS,
         columns=COLUMNS,
-        data=data,
         notes=[
             "right labels with Wilson's 95 % interval; what was not flipped on purpose counts as"
             " right, though people err too",
             "precision_at_flipped: wrong labels among as many most doubted pairs as were flipped",
         ],
-        out=arguments.out,
     )
-    print(markdown_table(load_result(path)))
-    print(f"wrote {path}", file=sys.stderr)
-    return 0
 
 
 if __name__ == "__main__":

@@ -6,9 +6,8 @@
 
 Every arm of a corpus shares one scoring pass and one holdout with right labels. A row an arm: the
 holdout's preference accuracy over seeds with its interval, its difference against as many random
-pairs and against all pairs, what it kept and what it cost; and a row a corpus for the audit: how
-well the reference model's doubt finds the wrong training labels. The work folder keeps every run:
-the same command resumes.
+pairs and against all pairs, what it kept and what it cost. The work folder keeps every run: the
+same command resumes. `refscale bench audit` looks at the labels and trains nothing.
 """
 
 import argparse
@@ -20,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import corpora
-from benchmarks.common import Row, load_result, markdown_table, write_result
+from benchmarks.common import Row
 
 UNITS = {
     "accuracy": "of held-out pairs",
@@ -48,28 +47,24 @@ COLUMNS = [
     "reward_margin",
     "chosen_logps",
     "train",
-    "auc",
 ]
 
 
 def compare_corpus(name: str, arguments: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
     """The rows of one corpus, and facts about it."""
     from refscale.config_file import load_config
-    from refscale.experiments.audit import audit
     from refscale.experiments.comparison import compare
-    from refscale.storage.store import Store
 
     folder, facts = corpora.write(name, arguments)
     config = load_config(str(folder / "config.yaml"), arguments.set)
-    run = folder / "run"
     result = compare(
-        config, str(run), arguments.arms, seeds=arguments.seeds, parallel=arguments.parallel
+        config,
+        str(folder / "run"),
+        arguments.arms,
+        seeds=arguments.seeds,
+        parallel=arguments.parallel,
     )
     rows = [_arm_row(folder.name, arm, result) for arm in result["arms"]]
-    if facts["flipped"]:
-        found = audit(Store(run), flipped_column="label_flipped", split="train")
-        quality = found.quality
-        rows.append({"corpus": folder.name, "arm": "audit", **_audit_row(quality or {})})
     facts["scoring_s"] = result["scoring_s"]
     facts["holdout_scored"] = result["num_holdout"]
     return rows, facts
@@ -95,16 +90,6 @@ def _arm_row(corpus: str, arm: str, result: dict[str, Any]) -> Row:
     return row
 
 
-def _audit_row(quality: dict[str, Any]) -> Row:
-    precision = {f"precision_at_{k}": at["value"] for k, at in quality["precision"].items()}
-    return {
-        "pairs": quality["n"],
-        "auc": quality["auc"],
-        "base_rate": quality["base_rate"],
-        **precision,
-    }
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare, write the result, print the table."""
     parser = argparse.ArgumentParser(prog="refscale bench compare", description=__doc__)
@@ -113,19 +98,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--parallel", type=int, default=None, help="trainings side by side")
     arguments = parser.parse_args(argv)
-    rows: list[Row] = []
-    data: dict[str, Any] = {}
-    for name in arguments.corpora:
-        found, data[corpora.label(name)] = compare_corpus(name, arguments)
-        rows += found
-    config = {**vars(arguments), "corpora": [corpora.label(name) for name in arguments.corpora]}
-    path = write_result(
+    return corpora.measure(
         "compare",
-        config=config,
-        rows=rows,
+        arguments,
+        compare_corpus,
         units=UNITS,
         columns=COLUMNS,
-        data=data,
         not_measured=[
             "win rate and MT-Bench: they need a judge (refscale compare, refscale mtbench)"
         ],
@@ -133,11 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "intervals of 95 %: bootstrap over held-out pairs and seeds; differences are paired",
             "train is the mean wall time of a training, its start included",
         ],
-        out=arguments.out,
     )
-    print(markdown_table(load_result(path)))
-    print(f"wrote {path}", file=sys.stderr)
-    return 0
 
 
 if __name__ == "__main__":

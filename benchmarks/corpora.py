@@ -15,13 +15,14 @@ import argparse
 import json
 import math
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from benchmarks.common import BenchmarkError
+from benchmarks.common import BenchmarkError, Row, load_result, markdown_table, write_result
 from refscale import demo
 from refscale.errors import CorpusError
 
@@ -231,6 +232,32 @@ def write(name: str, arguments: argparse.Namespace) -> tuple[Path, dict[str, Any
     config["evaluate"]["flipped_column"] = "label_flipped" if flipped else None
     (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     return folder, {"train": len(train), "holdout": len(holdout), "flipped": flipped}
+
+
+def measure(
+    question: str,
+    arguments: argparse.Namespace,
+    corpus: Callable[[str, argparse.Namespace], tuple[list[Row], dict[str, Any]]],
+    **result: Any,
+) -> int:
+    """Measure each corpus, write the result and print its table; the exit code.
+
+    Args:
+        question: Of the benchmark.
+        arguments: As `add_arguments` reads them.
+        corpus: Rows of a corpus, and facts about it.
+        **result: More of `write_result`.
+    """
+    rows: list[Row] = []
+    data: dict[str, Any] = {}
+    for name in arguments.corpora:
+        found, data[label(name)] = corpus(name, arguments)
+        rows += found
+    config = {**vars(arguments), "corpora": [label(name) for name in arguments.corpora]}
+    path = write_result(question, config=config, rows=rows, data=data, out=arguments.out, **result)
+    print(markdown_table(load_result(path)))
+    print(f"wrote {path}", file=sys.stderr)
+    return 0
 
 
 def label(name: str) -> str:

@@ -13,7 +13,6 @@ resumes what was begun, and returns its manifest. Ray itself is imported in refs
 
 import json
 import pickle
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -21,7 +20,7 @@ from typing import Any
 
 from refscale import schema, summary
 from refscale.cluster.runtime import Step, disconnect, run_graph
-from refscale.cluster.trainer import read_log, train_on_ray
+from refscale.cluster.trainer import train_on_ray
 from refscale.corpus import fragments, preparation
 from refscale.errors import ConfigError, EvaluationError, ScoringError
 from refscale.evaluation import holdout
@@ -34,7 +33,8 @@ from refscale.selection.radix import RadixSelect, Tally
 from refscale.selection.strategies import Moments
 from refscale.storage.fingerprints import digest, model_fingerprint
 from refscale.storage.stages import FileRecord, StageFolder
-from refscale.training.options import WorkerSettings
+from refscale.training.log import TrainingProgress
+from refscale.training.options import WorkerSettings, deciding_options
 
 STAGES = ("prepare", "score", "select", "train", "evaluate", "report")
 _HOLDOUT = "holdout"  # in training/, while a training measures itself
@@ -340,12 +340,11 @@ def train(run: Run) -> dict[str, Any]:
     config, folder, policy = run.config, run.folder("training"), run.folder("policy")
     selected, scores = run.folder("selection").require(), run.folder("scores").require()
     options = config.train.model_dump()
-    changes_nothing = ("max_failures", "logging_steps", "save_total_limit", "report_to")
     fingerprint = {
         "selection": selected["identity"],
         "model": scores["fingerprint"]["model"],
         "max_length": config.encoding.max_length,
-        "train": {key: value for key, value in options.items() if key not in changes_nothing},
+        "train": deciding_options(options),
     }
     restart = "train" in run.restart
     done = policy.begin(fingerprint, restart=restart)
@@ -373,7 +372,7 @@ def train(run: Run) -> dict[str, Any]:
         fingerprint=digest(fingerprint),
     )
     workers = config.train.num_workers
-    with _TrainingProgress(folder):
+    with TrainingProgress(folder):
         metrics = train_on_ray(
             settings,
             folder,
@@ -429,30 +428,6 @@ def _holdout_shards(corpus: dict[str, Any]) -> dict[str, int]:
     """Held-out pairs of each corpus shard that has any."""
     held = {_stem(file["name"]): file["counts"]["holdout"] for file in corpus["files"]}
     return {name: count for name, count in held.items() if count}
-
-
-class _TrainingProgress:
-    """Shows the training log's last row while `TorchTrainer.fit` blocks."""
-
-    def __init__(self, folder: StageFolder) -> None:
-        self._folder, self._stop = folder, threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="training-progress", daemon=True)
-
-    def __enter__(self) -> "_TrainingProgress":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        shown = 0
-        while not self._stop.wait(3.0):
-            rows = read_log(self._folder)
-            if rows and rows[-1].get("step", 0) != shown:
-                shown = rows[-1].get("step", 0)
-                say("train     " + summary.training_line(rows[-1]))
 
 
 # -- evaluate ------------------------------------------------------------------------------------

@@ -126,6 +126,17 @@ def conform(table: pa.Table, schema: pa.Schema, what: str) -> pa.Table:
     return table
 
 
+def held_out(table: pa.Table, up_to: bytes) -> pa.Table:
+    """The rows of the holdout with a pair_id up to `up_to`.
+
+    Args:
+        table: Any table with the columns pair_id and split.
+        up_to: 16 bytes; ids are hashes, so the smallest ones are a sample.
+    """
+    ids = table["pair_id"].cast(pa.binary())
+    return table.filter(pc.and_(pc.equal(table["split"], HOLDOUT), pc.less_equal(ids, up_to)))
+
+
 def matching_rows(table: pa.Table, pair_ids: pa.ChunkedArray, what: str) -> pa.Table:
     """The rows of `table` that have these ids, in the order of the ids.
 

@@ -24,10 +24,10 @@ import refscale.errors
 from refscale.errors import RefscaleError, TrainingError
 from refscale.storage.stages import StageFolder
 from refscale.storage.store import Store
-from refscale.training.log import LOG_FILE, TrainingLog, plain, read_log
+from refscale.training.log import TrainingLog, plain
 from refscale.training.options import WorkerSettings
 
-__all__ = ["LOG_FILE", "read_log", "train_on_ray"]
+__all__ = ["train_on_ray"]
 
 _FAILED = "FAILED.json"
 _TENSORBOARD = "tensorboard"

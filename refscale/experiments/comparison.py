@@ -33,6 +33,7 @@ from refscale.schema import EVALUATION
 from refscale.storage.locks import RunLock
 from refscale.storage.stages import StageFolder
 from refscale.storage.store import Store
+from refscale.training.options import deciding_options
 
 if TYPE_CHECKING:
     from refscale.run import Run
@@ -217,12 +218,10 @@ def _run_arm(
     config = arm_config(run.config, arm, seed)
     mine = replace(run, store=store, config=config, shared=run.store)
     result = _result(run.store, arm, seed)
-    unchanged = ("max_failures", "logging_steps", "save_total_limit", "report_to")
-    train = {k: v for k, v in config.train.model_dump().items() if k not in unchanged}
     fingerprint = {
         "scores": run.folder("scores").require()["identity"],
         "select": config.select.model_dump(),
-        "train": train,
+        "train": deciding_options(config.train.model_dump()),
         "evaluate": config.evaluate.model_dump(),
     }
     if not result.begin(fingerprint):

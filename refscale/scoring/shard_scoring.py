@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from refscale import schema
 from refscale.cluster import metrics
@@ -116,11 +115,7 @@ def read_pairs(
     def read(item: Item) -> Item:
         table = corpus.read_table(f"{item['shard']}.parquet", columns=PAIR_COLUMNS)
         if holdout_up_to is not None:
-            ids = table["pair_id"].cast(pa.binary())
-            wanted = pc.and_(
-                pc.equal(table["split"], schema.HOLDOUT), pc.less_equal(ids, holdout_up_to)
-            )
-            table = table.filter(wanted)
+            table = schema.held_out(table, holdout_up_to)
         return {"shard": item["shard"], "pairs": table_to_bytes(table)}
 
     return read

@@ -293,9 +293,7 @@ def hold_out(
     def hold(item: Item) -> Item:
         shard = item["shard"]
         scored = scores.read_table(f"{shard}.parquet", columns=_SCORE_TABLE)
-        ids = scored["pair_id"].cast(pa.binary())
-        wanted = pc.and_(pc.equal(scored["split"], schema.HOLDOUT), pc.less_equal(ids, up_to))
-        table = _with_ids(scored.filter(wanted), corpus, shard)
+        table = _with_ids(schema.held_out(scored, up_to), corpus, shard)
         record = target.commit_shard(shard, schema.conform(table, schema.HELD_OUT, "holdout"))
         return {"record": json.dumps(asdict(record))}
 

@@ -15,13 +15,17 @@ eval_loss, eval_rewards/margins, … (means over batches, whatever their size).
 
 import json
 import math
+import threading
 import time
 from typing import Any
 
+from refscale.progress import say
 from refscale.storage.stages import StageFolder
+from refscale.summary import training_line
 
 LOG_FILE = "log.jsonl"
 _PUBLISHED_EVERY_S = 5.0
+_LOOKED_AT_EVERY_S = 3.0
 
 
 class TrainingLog:
@@ -66,3 +70,27 @@ def plain(metrics: dict[str, Any]) -> dict[str, Any]:
         for key, value in metrics.items()
         if isinstance(value, (int, str)) or (isinstance(value, float) and math.isfinite(value))
     }
+
+
+class TrainingProgress:
+    """Shows the log's last row as it comes, while something else blocks this thread."""
+
+    def __init__(self, folder: StageFolder) -> None:
+        self._folder, self._stop = folder, threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="training-progress", daemon=True)
+
+    def __enter__(self) -> "TrainingProgress":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        shown = 0
+        while not self._stop.wait(_LOOKED_AT_EVERY_S):
+            rows = read_log(self._folder)
+            if rows and rows[-1].get("step", 0) != shown:
+                shown = rows[-1].get("step", 0)
+                say("train     " + training_line(rows[-1]))

@@ -158,6 +158,14 @@ _ZERO_PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+_DECIDE_NOTHING = ("max_failures", "logging_steps", "save_total_limit", "report_to")
+
+
+def deciding_options(train: dict[str, Any]) -> dict[str, Any]:
+    """The options of `TrainConfig.model_dump()` that the policy may depend on: its fingerprint."""
+    return {key: value for key, value in train.items() if key not in _DECIDE_NOTHING}
+
+
 def deepspeed_config(
     preset: str | dict[str, Any] | None, *, device: Device, bf16: bool
 ) -> dict[str, Any] | None:

@@ -135,7 +135,8 @@ def run_worker(
         reporter.trainer = trainer
         metrics = _train(trainer, resume_from)
         metrics["policy_step"] = metrics["steps"]
-        if settings.train["load_best_model_at_end"] and best_checkpoint is not None:
+        if settings.train["load_best_model_at_end"]:
+            assert best_checkpoint is not None, "who starts the worker knows its checkpoints"
             with best_checkpoint() as folder:
                 metrics["policy_step"] = _load_best(trainer, folder, settings)
         metrics = {
