@@ -345,6 +345,8 @@ def train(run: Run) -> dict[str, Any]:
         "model": scores["fingerprint"]["model"],
         "max_length": config.encoding.max_length,
         "train": deciding_options(options),
+        # All checkpoints of a training are measured on the same pairs.
+        "holdout_pairs": config.evaluate.max_pairs if config.train.eval_steps else None,
     }
     restart = "train" in run.restart
     done = policy.begin(fingerprint, restart=restart)

@@ -88,9 +88,10 @@ class TrainingProgress:
         self._thread.join()
 
     def _watch(self) -> None:
-        shown = 0
+        shown = ""
         while not self._stop.wait(_LOOKED_AT_EVERY_S):
             rows = read_log(self._folder)
-            if rows and rows[-1].get("step", 0) != shown:
-                shown = rows[-1].get("step", 0)
-                say("train     " + training_line(rows[-1]))
+            # A step's line grows when the holdout is measured after it.
+            if rows and (line := training_line(rows[-1])) != shown:
+                shown = line
+                say(f"train     {line}")
