@@ -13,6 +13,12 @@ import pytest
 from support import save_tiny_llama
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--demo", action="store_true", help="also run the demo's own config on a loopback cluster"
+    )
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     return save_tiny_llama(tmp_path_factory.mktemp("model"))

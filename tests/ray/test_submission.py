@@ -19,12 +19,14 @@ from pathlib import Path
 
 import psutil
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import requests
 import yaml
 from support import string_pairs, write_jsonl
 
-from refscale import pipeline
+from refscale import demo, pipeline
+from refscale.config import Config
 from refscale.config_file import load_config
 from refscale.run import Run
 from refscale.storage.stages import StageFolder
@@ -59,14 +61,14 @@ class LoopbackCluster:
         return [sys.executable, "-c", code, json.dumps(words)]
 
     def submit(
-        self, *arguments: str, stage: str = "prepare", **env: str
+        self, *arguments: str, stage: str = "prepare", timeout_s: float = 300, **env: str
     ) -> subprocess.CompletedProcess:
         return subprocess.run(
             self.command(*arguments, stage=stage),
             env={**self.env, **env},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=timeout_s,
         )
 
     def driver_of(self, stage: str) -> psutil.Process:
@@ -238,53 +240,93 @@ def test_a_wrong_token_is_one_line_and_no_job(cluster, config, tmp_path):
 
 
 def test_a_killed_job_resubmitted_on_s3_scores_the_rest_and_selects_as_an_embedded_run(
-    cluster, config, s3, tmp_path, tiny_model, ray_session
+    cluster, config, s3, tmp_path, ray_session
 ):
     values = yaml.safe_load(config.read_text())
     values["corpus"]["shard_pairs"] = 3
     config.write_text(yaml.safe_dump(values))
     run_dir = s3.uri("submitted")
-
-    def committed() -> set[str]:
-        """The score shards whose records were put: with its record a shard counts."""
-        paths = [path for method, path in s3.requests if method == "PUT"]
-        found = (re.search(r"/scores/(shard-\d+)\.json", path) for path in paths)
-        return {match[1] for match in found if match}
-
     loaded = load_config(str(config), ["ray.address=null"])
     pipeline.prepare(Run(Store(run_dir), loaded))
-    # The store refuses the fourth record and what follows, so the job is killed in the middle.
-    s3.requests.clear()
-    s3.fail(10**6, when=lambda method, path: method == "PUT" and len(committed()) > 3)
-    with open(tmp_path / "killed.log", "w") as log:
-        job = subprocess.Popen(
-            cluster.command(str(config), run_dir, stage="score"),
-            env=cluster.env,
-            stdout=log,
-            stderr=log,
-        )
-        deadline = time.monotonic() + 120
-        while len(committed()) <= 3:
-            assert job.poll() is None and time.monotonic() < deadline, log.name
-            time.sleep(0.1)
-        cluster.driver_of("score").kill()
-        assert job.wait(120) != 0
-    s3.heal()
-    scores = Store(run_dir).list_files("scores")
-    done = {name for name in committed() if f"scores/{name}.json" in scores}
-    assert len(done) == 3
 
-    s3.requests.clear()
+    done = _kill_after(3, cluster, s3, config, run_dir, "score", tmp_path / "killed.log")
     again = cluster.submit(str(config), run_dir, stage="score")
     assert again.returncode == 0, again.stdout + again.stderr
-    assert len(committed()) == 7 and not done & committed()
+    scored = _scored(s3)
+    assert len(scored) == 7 and not done & scored
     pipeline.select(Run(Store(run_dir), loaded))
 
-    embedded = Run(Store(tmp_path / "embedded"), loaded)
-    for stage in (pipeline.prepare, pipeline.score, pipeline.select):
-        stage(embedded)
-    kept = [_selected(Store(run_dir)), _selected(embedded.store)]
+    kept = [_selected(Store(run_dir)), _selected_embedded(loaded, tmp_path / "embedded")]
     assert kept[0] == kept[1] and kept[0].num_rows == 15
+
+
+@pytest.mark.timeout(3600)
+def test_the_demo_killed_and_resubmitted_on_s3_selects_as_an_embedded_run(
+    cluster, s3, tmp_path, ray_session, request
+):
+    if not request.config.getoption("--demo"):
+        pytest.skip("a real model on two cores, a quarter of an hour: --demo runs it")
+    config = demo.write_demo(tmp_path / "demo")
+    run_dir = s3.uri("demo")
+    done = _kill_after(2, cluster, s3, config, run_dir, "run", tmp_path / "killed.log")
+    again = cluster.submit(str(config), run_dir, stage="run", timeout_s=3000)
+    print(again.stdout)
+    assert again.returncode == 0, again.stdout + again.stderr
+    scored = _scored(s3)
+    assert len(scored) == 3 and not done & scored
+
+    embedded = _selected_embedded(load_config(str(config)), tmp_path / "embedded")
+    kept = _selected(Store(run_dir))
+    assert kept["pair_id"] == embedded["pair_id"] and kept.num_rows == 120
+    # The embedded replica has both cores, and sums of floats depend on the number of threads.
+    for column in ("ref_chosen_logps", "ref_rejected_logps"):
+        difference = pc.max(pc.abs(pc.subtract(kept[column], embedded[column]))).as_py()
+        assert difference < 2e-3, column
+    for name in ("policy/model.safetensors", "report.html", "evaluation/MANIFEST.json"):
+        assert Store(run_dir).exists(name), name
+
+
+def _scored(s3) -> set[str]:
+    """The score shards whose records were put: with its record a shard counts."""
+    paths = [path for method, path in s3.requests if method == "PUT"]
+    found = (re.search(r"/scores/(shard-\d+)\.json", path) for path in paths)
+    return {match[1] for match in found if match}
+
+
+def _kill_after(shards: int, cluster, s3, config: Path, run_dir: str, stage: str, log: Path) -> set:
+    """Submit, and kill the driver when so many score shards are there: their names.
+
+    The store refuses the next record and all after it, so the job cannot have finished.
+    """
+    s3.requests.clear()
+    s3.fail(10**6, when=lambda method, path: method == "PUT" and len(_scored(s3)) > shards)
+    with open(log, "w") as output:
+        job = subprocess.Popen(
+            cluster.command(str(config), run_dir, stage=stage),
+            env=cluster.env,
+            stdout=output,
+            stderr=output,
+        )
+        deadline = time.monotonic() + 600
+        while len(_scored(s3)) <= shards:
+            assert job.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        cluster.driver_of(stage).kill()
+        assert job.wait(120) != 0
+    s3.heal()
+    there = Store(run_dir).list_files("scores")
+    done = {name for name in _scored(s3) if f"scores/{name}.json" in there}
+    assert len(done) == shards
+    s3.requests.clear()
+    return done
+
+
+def _selected_embedded(config: Config, run_dir: Path) -> pa.Table:
+    """What a run of this process' own Ray selects."""
+    run = Run(Store(run_dir), config)
+    for stage in (pipeline.prepare, pipeline.score, pipeline.select):
+        stage(run)
+    return _selected(run.store)
 
 
 def _selected(store: Store) -> pa.Table:
