@@ -55,6 +55,7 @@ def lines(comparison: Mapping[str, Any]) -> list[str]:
 def verdicts(comparison: Mapping[str, Any]) -> list[str]:
     """What the holdout accuracy says of each selection, in words; no claim without its interval."""
     said = []
+    alone = " (one training each)" if len(comparison["seeds"]) == 1 else ""
     for arm, measures in comparison["arms"].items():
         for other, name in (
             ("against_random", "random pairs of equal size"),
@@ -69,7 +70,7 @@ def verdicts(comparison: Mapping[str, Any]) -> list[str]:
                 outcome = "worse than"
             else:
                 outcome = "not told apart from"
-            said.append(f"{arm} is {outcome} {name}: {_estimate(difference, signed=True)}")
+            said.append(f"{arm} is {outcome} {name}: {_estimate(difference, signed=True)}{alone}")
     return said
 
 

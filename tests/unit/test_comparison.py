@@ -156,18 +156,24 @@ def test_seeds_that_disagree_widen_the_interval():
     assert found["wild"]["seeds"] == [0.0, pairs.mean(), 1.0]
 
 
-def test_an_interval_of_the_difference_covers_the_truth_at_its_rate():
-    # 200 experiments of 60 pairs and 5 seeds whose true difference is 0.1.
+@pytest.mark.parametrize("num_seeds", [3, 5])
+def test_an_interval_of_the_difference_covers_the_truth_at_its_rate(num_seeds):
+    # 200 experiments of 60 pairs whose true difference is 0.1, mostly hidden by the trainings.
     rng = np.random.default_rng(1)
     hits = 0
     for _ in range(200):
-        level = rng.normal(0, 0.2, size=(2, 5, 1))
-        noise = rng.normal(0, 1, size=(2, 5, 60)) + rng.normal(0, 1, size=60)
+        level = rng.normal(0, 0.2, size=(2, num_seeds, 1))
+        noise = rng.normal(0, 1, size=(2, num_seeds, 60)) + rng.normal(0, 1, size=60)
         arms = {"random:0.5": (level + noise)[0], "top": (level + noise)[1] + 0.1}
         at = summary(arms, {"top": "random:0.5"})["top"]["against_random"]
         hits += at["low"] <= 0.1 <= at["high"]
-    # Five seeds make a percentile interval somewhat short: between 85 % and 99 % of 200.
-    assert 170 <= hits <= 198
+    # 95 % of 200, or more: with two unknown variances Student's t is on the safe side.
+    assert 185 <= hits
+
+
+def test_one_seed_is_said_to_be_one():
+    one = {**comparison(), "seeds": [0]}
+    assert all(s.endswith("(one training each)") for s in verdicts(one))
 
 
 def test_what_was_not_run_has_no_difference():
