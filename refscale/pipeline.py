@@ -236,6 +236,7 @@ def _scorer_settings(run: Run) -> shard_scoring.ScorerSettings:
         revision=config.model.revision,
         dtype=dtype,
         dtype_reason=reason,
+        dtype_asked=config.model.dtype,
         path=config.score.path,
         token_budget=config.score.token_budget,
         trust_remote_code=config.model.trust_remote_code,

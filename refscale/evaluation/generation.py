@@ -11,15 +11,14 @@ Costs: one forward a token for the whole batch, until its longest answer ends.
 
 import json
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from refscale.errors import ConfigError, EvaluationError, ModelError
+from refscale.storage.copies import local_folder
 from refscale.storage.fingerprints import digest
-from refscale.storage.store import Store
 
 Conversation = Sequence[Mapping[str, str]]
 Item = dict[str, Any]
@@ -84,7 +83,6 @@ class Generator:
         if settings.num_threads is not None:
             torch.set_num_threads(settings.num_threads)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        folder = local_copy(settings.model_name_or_path)
         common: dict[str, Any] = {
             "revision": settings.revision,
             "trust_remote_code": settings.trust_remote_code,
@@ -95,10 +93,13 @@ class Generator:
             else {}
         )
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", **common)
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=choose_dtype(settings.dtype, device)[0], **common, **attention
-            )
+            with local_folder(settings.model_name_or_path) as folder:
+                self._tokenizer = AutoTokenizer.from_pretrained(
+                    folder, padding_side="left", **common
+                )
+                model = AutoModelForCausalLM.from_pretrained(
+                    folder, dtype=choose_dtype(settings.dtype, device)[0], **common, **attention
+                )
             if settings.adapter is not None:
                 from peft import PeftModel
 
@@ -233,13 +234,3 @@ class CompletionStep:
 def seed_of(value: Any) -> int:
     """A seed made from content: equal content, equal seed."""
     return int(digest(value)[:8], 16)
-
-
-def local_copy(name: str) -> str:
-    """A model's folder on this machine: of a URI a copy, else the name itself."""
-    if "://" not in name:
-        return name
-    store, work = Store(name), tempfile.mkdtemp(prefix="refscale-model-")
-    for file in store.list_files("", recursive=True):
-        store.fetch(file, work)
-    return work

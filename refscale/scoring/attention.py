@@ -42,6 +42,8 @@ _KEYS = 32
 _BIAS = 1 << 20
 # Tensors that models hand down and that say nothing about who sees whom.
 _HARMLESS = frozenset({"position_ids", "cache_position", "position_embeddings"})
+# In transformers 5.23 these call the attention function without their window.
+_WINDOW_IN_MASK = frozenset({"qwen2_moe", "phimoe", "doge"})
 
 
 @dataclass(frozen=True)
@@ -295,6 +297,11 @@ def unserved(config: Any, device: torch.device) -> str | None:
     other = kinds - {"full_attention", "sliding_attention", "chunked_attention"}
     if other:
         return f"layers of kind {', '.join(sorted(other))} carry state from token to token"
+    windowed = "sliding_attention" in kinds or (
+        getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    )
+    if windowed and config.model_type in _WINDOW_IN_MASK:
+        return f"{config.model_type} passes its sliding window on in a mask alone"
     if "chunked_attention" in kinds:
         return "chunked attention is not served"
     if getattr(config, "alibi", False) or getattr(config, "position_embedding_type", "") == "alibi":

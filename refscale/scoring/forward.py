@@ -46,8 +46,10 @@ class Forward:
 
     @contextmanager
     def attending(self, path: str) -> Iterator[None]:
-        """Within, the model's layers attend as `path` needs."""
+        """Within, the model's layers attend as `path` needs: packed, padded or float32."""
         wanted = attention.PACKED if path == "packed" else self._own_attention
+        if path == "float32" and str(wanted).startswith("flash"):
+            wanted = "sdpa"  # FlashAttention has no float32
         before = self.model.config._attn_implementation
         if wanted == before:
             yield

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from refscale.config_file import explain_model_name
 from refscale.errors import ModelError
 from refscale.scoring.cpu_products import use_onednn
 from refscale.scoring.devices import choose_dtype, keep_freed_memory
@@ -57,7 +58,8 @@ def load_model(
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as exc:
         lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
         what = f"{model_name_or_path} with adapter {adapter}" if adapter else model_name_or_path
-        raise ModelError(f"cannot load the model {what}: {' '.join(lines)[:300]}") from exc
+        error = f"cannot load the model {what}: {' '.join(lines)[:300]}"
+        raise ModelError(explain_model_name(model_name_or_path, error)) from exc
     return model, reason
 
 

@@ -84,8 +84,16 @@ class _Tiles:
         self._logits = self._products if single else like.new_empty(size, dtype=torch.float32)
         self._scratch = torch.empty_like(self._logits)
 
-    def logits(self, hidden: Tensor, start: int) -> Tensor:
-        """fp32 (n, width) of the entries from `start`; valid until the next call."""
+    def logits(self, hidden: Tensor, start: int, targets: Tensor, exact: Tensor) -> Tensor:
+        """fp32 (n, width) of the entries from `start`; valid until the next call.
+
+        Args:
+            hidden: (n, D).
+            start: First entry of the vocabulary.
+            targets: int64 (n,).
+            exact: fp32 (n,) the targets' own logits, which replace the products where they are in
+                this tile.
+        """
         weight = self._head.weight[start : start + self.width]
         shape = (len(hidden), len(weight))
         products = self._products[: shape[0] * shape[1]].view(shape)
@@ -93,10 +101,16 @@ class _Tiles:
             torch.mm(hidden, weight.T, out=products)
         else:
             torch.addmm(self._head.bias[start : start + self.width], hidden, weight.T, out=products)
-        if self._logits is self._products:
-            return self._head.finish_(products)
-        logits = self._logits[: shape[0] * shape[1]].view(shape)
-        return self._head.finish_(logits.copy_(products))
+        logits = products
+        if self._logits is not self._products:
+            logits = self._logits[: shape[0] * shape[1]].view(shape).copy_(products)
+        self._head.finish_(logits)
+        # Without a branch on values, which would wait for the device.
+        at = targets - start
+        inside = (at >= 0) & (at < shape[1])
+        at = at.clamp_(0, shape[1] - 1)[:, None]
+        value = torch.where(inside[:, None], exact[:, None], logits.gather(1, at))
+        return logits.scatter_(1, at, value)
 
     def log_sum_exp(self, logits: Tensor) -> Tensor:
         """(n, width) -> (n,).
@@ -114,8 +128,9 @@ def token_logps(
 ) -> tuple[Tensor, Tensor | None]:
     """Log-prob of each row's target given its prefix, in nats.
 
-    The log-sum-exp is taken in fp32 over products of the model's dtype; the target's own logit is
-    computed in fp32, since its rounding would not average out.
+    The log-sum-exp is taken in fp32 over products of the model's dtype. The target's own logit is
+    computed in fp32, and is the same in both terms: where the model is sure of its target the two
+    nearly cancel, and a rounding in one of them alone would be the whole log-prob.
 
     Args:
         hidden: (R, D), of the weights' dtype.
@@ -131,14 +146,15 @@ def token_logps(
     squares = torch.empty_like(logps) if sum_squares else None
     for first in range(0, len(hidden), tiles.rows):
         rows = slice(first, first + tiles.rows)
+        exact = head.target_logits(hidden[rows], targets[rows])
         parts, doubled = [], []
         for start in range(0, len(head.weight), tiles.width):
-            logits = tiles.logits(hidden[rows], start)
+            logits = tiles.logits(hidden[rows], start, targets[rows], exact)
             parts.append(tiles.log_sum_exp(logits))
             if squares is not None:
                 doubled.append(tiles.log_sum_exp(logits.mul_(2)))
         normaliser = torch.logsumexp(torch.stack(parts), dim=0)
-        logps[rows] = head.target_logits(hidden[rows], targets[rows]) - normaliser
+        logps[rows] = exact - normaliser
         if squares is not None:
             squares[rows] = torch.logsumexp(torch.stack(doubled), dim=0) - 2 * normaliser
     return logps, squares

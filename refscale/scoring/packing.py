@@ -130,6 +130,8 @@ def plan_packs(
     chosen: Sequence[np.ndarray],
     rejected: Sequence[np.ndarray],
     token_budget: int,
+    *,
+    switch: int | None = None,
 ) -> Plan:
     """Plan the packs for N pairs.
 
@@ -138,6 +140,7 @@ def plan_packs(
         chosen: Token ids of each chosen completion, at least one.
         rejected: Likewise.
         token_budget: Most tokens of a pack. A single sequence that is longer gets its own pack.
+        switch: As in `length_classes`: no pack holds sequences of both classes.
     """
     numbers: dict[tuple[bytes, bytes], int] = {}
     arrays: list[tuple[np.ndarray, np.ndarray]] = []
@@ -157,8 +160,27 @@ def plan_packs(
         rejected=np.array(sides[1], dtype=np.int64),
         num_scored=np.array([len(c) - (len(p) == 0) for p, c in arrays], dtype=np.int64),
         useful_tokens=sum(distinct.values()) + sum(len(c) for _, c in arrays),
-        groups=_group(arrays, range(len(arrays)), token_budget),
+        groups=tuple(
+            group
+            for members in length_classes(arrays, switch)
+            for group in _group(arrays, members, token_budget)
+        ),
     )
+
+
+def length_classes(
+    arrays: Sequence[tuple[np.ndarray, np.ndarray]], switch: int | None
+) -> list[list[int]]:
+    """Which sequences may share a forward pass: up to `switch` tokens without the last, and longer.
+
+    For models that change their positions once a forward pass is longer than that.
+    """
+    if switch is None:
+        return [list(range(len(arrays)))]
+    classes: list[list[int]] = [[], []]
+    for number, (prompt, completion) in enumerate(arrays):
+        classes[len(prompt) + len(completion) - 1 > switch].append(number)
+    return classes
 
 
 def make_packs(

@@ -32,8 +32,9 @@ from refscale.scoring.devices import (
 )
 from refscale.scoring.encoded_pairs import EncodedPairs
 from refscale.scoring.forward import Batch, Forward
+from refscale.scoring.limits import Limits
 from refscale.scoring.loading import load_model
-from refscale.scoring.packing import Pack, Plan, make_packs, plan_packs
+from refscale.scoring.packing import Pack, Plan, length_classes, make_packs, plan_packs
 from refscale.scoring.padding import padded_batches
 from refscale.scoring.results import PairScores, ScoringStats, Sums, pair_scores
 from refscale.scoring.self_check import SelfCheck, checked_pairs, error_budget, passes
@@ -53,7 +54,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 # Part of every score's fingerprint: raise it when a change moves a log-prob beyond rounding.
-ENGINE_VERSION = 1
+ENGINE_VERSION = 2
 
 NONFINITE = "nonfinite_logp"
 OUT_OF_MEMORY = "out_of_memory"
@@ -81,6 +82,7 @@ class ReferenceModel:
         info: dict[str, Any] | None = None,
     ) -> None:
         self._forward = Forward(model)
+        self._limits = Limits.of(model)
         self._forced = path != "auto"
         self.path, reason = self._choose_path(path)
         forward = self._forward
@@ -210,6 +212,10 @@ class ReferenceModel:
         Args:
             pairs: N pairs.
             sum_squares: Also return WPO's alignment terms.
+
+        Raises:
+            ModelError: A token id has no embedding, or a sequence is longer than the model's
+                positions.
         """
         started = time.perf_counter()
         stats = ScoringStats(pairs=len(pairs))
@@ -226,7 +232,17 @@ class ReferenceModel:
         return scores
 
     def _plan(self, pairs: EncodedPairs) -> Plan:
-        return plan_packs(pairs.prompt_ids, pairs.chosen_ids, pairs.rejected_ids, self.token_budget)
+        plan = plan_packs(
+            pairs.prompt_ids,
+            pairs.chosen_ids,
+            pairs.rejected_ids,
+            self.token_budget,
+            switch=self._limits.rope_switch,
+        )
+        # The last token of a sequence is not put in.
+        longest = max((len(p) + len(c) - 1 for p, c in plan.sequences), default=0)
+        self._limits.check((ids for sequence in plan.sequences for ids in sequence), longest)
+        return plan
 
     def _run(self, plan: Plan, sums: Sums, stats: ScoringStats, path: Path) -> None:
         """Score every sequence of the plan."""
@@ -234,7 +250,11 @@ class ReferenceModel:
         if path == "packed":
             batches = plan.iter_packs()
         else:
-            batches = padded_batches(plan.sequences, range(plan.num_sequences), self.token_budget)
+            batches = (
+                batch
+                for numbers in length_classes(plan.sequences, self._limits.rope_switch)
+                for batch in padded_batches(plan.sequences, numbers, self.token_budget)
+            )
         with self._forward.attending(path):
             for batch in batches:
                 self._run_batch(batch, plan, sums, stats)
@@ -274,7 +294,7 @@ class ReferenceModel:
         if not bad:
             return
         try:
-            with self._forward.in_float32(), self._forward.attending("padded"):
+            with self._forward.in_float32(), self._forward.attending("float32"):
                 for batch in padded_batches(plan.sequences, bad, 1):
                     self._run_batch(batch, plan, sums, stats)
         except RuntimeError as exc:
@@ -294,7 +314,7 @@ class ReferenceModel:
             pairs: At least one.
 
         Raises:
-            ModelError: score.path is packed and the model fails it.
+            ModelError: score.path is packed and the model fails it; or as `score`.
         """
         plan = self._plan(checked_pairs(pairs))
         truth = self._own_sums(plan)

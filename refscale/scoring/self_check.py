@@ -83,7 +83,7 @@ def passes(
         raise
     except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as exc:
         # Whatever a foreign architecture does with packs, there is another path.
-        logger.warning("the packed path failed: %s", exc)
+        logger.warning("this path failed: %s", exc)
         return False, float("inf")
     known = np.isfinite(truth)
     difference = np.abs(sums - truth)[known]

@@ -11,7 +11,6 @@ processes and so overlap with the model's work. The evaluation of a policy uses 
 import json
 import os
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -22,9 +21,9 @@ import pyarrow as pa
 
 from refscale import schema
 from refscale.cluster import metrics
-from refscale.errors import ScoringError
+from refscale.errors import ModelError, ScoringError
+from refscale.storage.copies import local_folder
 from refscale.storage.stages import StageFolder
-from refscale.storage.store import Store
 
 # What scoring needs of a corpus shard; the text stays on disk.
 PAIR_COLUMNS = [
@@ -45,8 +44,8 @@ Item = dict[str, Any]
 class ScorerSettings:
     """All that a scoring replica needs; plain data.
 
-    Fields as `ReferenceModel.load`, but for dtype_reason, which its info shows, and stage, under
-    which its metrics run.
+    Fields as `ReferenceModel.load`, but for dtype_reason, which its info shows, stage, under which
+    its metrics run, and dtype_asked: of `auto`, a replica checks that it was resolved for its like.
     """
 
     model_name_or_path: str
@@ -61,6 +60,7 @@ class ScorerSettings:
     quantization: str | None
     num_threads: int | None
     stage: str = "score"
+    dtype_asked: str = ""
 
     def for_policy(self, folder: str) -> "ScorerSettings":
         """The same for the trained policy: a plain model in `folder`, a path or URI."""
@@ -133,12 +133,16 @@ class ShardScorer:
         options = asdict(settings)
         name, reason = options.pop("model_name_or_path"), options.pop("dtype_reason")
         self._stage = options.pop("stage")
-        if "://" in name:
-            store, work = Store(name), tempfile.mkdtemp(prefix="refscale-model-")
-            for file in store.list_files("", recursive=True):
-                store.fetch(file, work)
-            name = work
-        self._model = ReferenceModel.load(name, **options)
+        asked = options.pop("dtype_asked")
+        with local_folder(name) as folder:
+            self._model = ReferenceModel.load(folder, **options)
+        if asked == "auto":
+            own, why = resolve_dtype("auto", cuda=self._model.device.type == "cuda")
+            if settings.dtype == "bfloat16" and own != settings.dtype:
+                raise ModelError(
+                    f"model.dtype: auto chose bfloat16 where the run was started ({reason}), and"
+                    f" a replica runs where it is slow ({why}); set model.dtype: {own}"
+                )
         self._model.info["dtype_reason"] = reason
         self._checked = False
         self._replica = f"{socket.gethostname()}:{os.getpid()}"

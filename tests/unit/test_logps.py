@@ -96,6 +96,25 @@ def test_bfloat16_is_no_further_from_the_truth_than_a_bf16_log_softmax():
     assert error.mean() <= usual.mean() * 0.75  # neither log-sum-exp nor target are rounded
 
 
+@pytest.mark.parametrize("vocab", [507, 5000])
+def test_a_sure_model_keeps_its_small_log_probs_in_bfloat16(vocab):
+    # Each target's logit is near 40, its neighbours' near 0: a rounded logit is off by up to 0.125.
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(vocab, 64, generator=generator)
+    head = Head(weight.bfloat16(), bias=None, multiplier=1.0, softcap=None)
+    targets = torch.randint(0, vocab, (200,), generator=generator)
+    rows = weight[targets]
+    hidden = (40 * rows / rows.square().sum(dim=-1, keepdim=True)).bfloat16()
+    hidden = hidden + 0.02 * torch.randn(hidden.shape, generator=generator).bfloat16()
+    wanted = truth(hidden, head).gather(1, targets[:, None])[:, 0]
+    assert wanted.max() > -1e-6  # many are sure
+    found, squares = token_logps(hidden, targets, head, sum_squares=True)
+    assert found.max() <= 1e-5
+    # What is left is the rounding of the other logits.
+    torch.testing.assert_close(found.double(), wanted, rtol=0.05, atol=1e-5)
+    assert squares.max() <= 1e-5
+
+
 def test_large_logits_do_not_overflow():
     head = make_head(multiplier=1e4)
     hidden, targets = make_rows()
