@@ -5,12 +5,15 @@ that our manifests use, closed: a field that is not in it is an error. `ray up` 
 against the schema in Ray's wheel.
 """
 
+import ast
 import copy
+import ipaddress
 import json
 import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jsonschema
@@ -47,7 +50,12 @@ def arr(items):
 
 
 METADATA = obj("name labels", name=NAME, labels=MAP, annotations=MAP)
-AMOUNTS = obj("cpu memory", cpu=QUANTITY, memory=QUANTITY, **{"nvidia.com/gpu": QUANTITY})
+AMOUNTS = obj(
+    "cpu memory ephemeral-storage",
+    cpu=QUANTITY,
+    memory=QUANTITY,
+    **{"ephemeral-storage": QUANTITY, "nvidia.com/gpu": QUANTITY},
+)
 RESOURCES = obj("requests limits", requests=AMOUNTS, limits=AMOUNTS)
 POD_SECURITY = obj(
     "runAsNonRoot runAsUser seccompProfile",
@@ -84,8 +92,9 @@ POD = obj(
     "metadata spec",
     metadata=obj("labels", labels=MAP),
     spec=obj(
-        "serviceAccountName securityContext containers",
+        "serviceAccountName automountServiceAccountToken securityContext containers",
         serviceAccountName=NAME,
+        automountServiceAccountToken=BOOLEAN,
         restartPolicy={"enum": ["Never", "OnFailure"]},
         securityContext=POD_SECURITY,
         containers=arr(CONTAINER),
@@ -143,7 +152,18 @@ RAY_JOB = obj(
     submitterPodTemplate=POD,
     rayClusterSpec=RAY_CLUSTER,
 )
-PEERS = arr(obj("podSelector", podSelector=obj(matchLabels=MAP), namespaceSelector=obj()))
+# An empty selector, or one by a label that anybody may set, would let any namespace in.
+NAMESPACE = obj(
+    "matchLabels",
+    matchLabels=obj("kubernetes.io/metadata.name", **{"kubernetes.io/metadata.name": NAME}),
+)
+PEERS = arr(
+    obj(
+        "podSelector",
+        podSelector=obj("matchLabels", matchLabels={**MAP, "minProperties": 1}),
+        namespaceSelector=NAMESPACE,
+    )
+)
 NETWORK_POLICY = obj(
     "podSelector policyTypes ingress",
     podSelector=obj("matchLabels", matchLabels=MAP),
@@ -177,7 +197,7 @@ def kind(version, **spec):
 KINDS = {
     "RayJob": kind("ray.io/v1", spec=RAY_JOB),
     "RayCluster": kind("ray.io/v1", spec=RAY_CLUSTER),
-    "ServiceAccount": kind("v1"),
+    "ServiceAccount": kind("v1", automountServiceAccountToken={"const": False}),
     "ConfigMap": kind("v1", data=MAP),
     "PersistentVolumeClaim": kind("v1", spec=CLAIM),
     "NetworkPolicy": kind("networking.k8s.io/v1", spec=NETWORK_POLICY),
@@ -283,6 +303,62 @@ def test_pods_are_inside_the_network_policy_and_know_each_other_by_name(cluster)
             assert not [name for name in names if re.search("TOKEN|SECRET|KEY|PASSW", name)]
 
 
+def test_only_a_head_with_an_autoscaler_holds_a_token_of_the_api_server():
+    found = 0
+    for path in KUBERNETES:
+        for document in documents(path):
+            if document["kind"] not in ("RayJob", "RayCluster"):
+                continue
+            spec = document["spec"]
+            cluster = spec.get("rayClusterSpec", spec)
+            head, *others = _pods(cluster)
+            if "submitterPodTemplate" in spec:
+                others.append(spec["submitterPodTemplate"])
+            assert head["spec"]["automountServiceAccountToken"] is bool(
+                cluster.get("enableInTreeAutoscaling", False)
+            )
+            for pod in others:
+                assert pod["spec"]["automountServiceAccountToken"] is False
+            found += 1
+    assert found == 3
+
+
+def test_the_policy_names_the_namespace_that_the_operator_is_installed_into():
+    [policy] = [
+        d for d in documents(CLUSTER / "kuberay/common.yaml") if d["kind"] == "NetworkPolicy"
+    ]
+    peers = [peer for rule in policy["spec"]["ingress"] for peer in rule["from"]]
+    [operator] = [
+        peer for peer in peers if "kuberay-operator" in peer["podSelector"]["matchLabels"].values()
+    ]
+    [namespace] = operator["namespaceSelector"]["matchLabels"].values()
+    install = (CLUSTER / "kuberay/rayjob-cpu-kind.yaml").read_text()
+    assert re.findall(r"helm install .*--namespace (\S+)", install) == [namespace]
+    for selector in ({}, {"matchLabels": {"team": "any"}}):
+        open_to_all = copy.deepcopy(policy)
+        open_to_all["spec"]["ingress"][1]["from"][0]["namespaceSelector"] = selector
+        with pytest.raises(jsonschema.ValidationError):
+            validate(open_to_all)
+
+
+def test_the_secret_of_the_guide_reaches_kubectl_and_no_command_line(tmp_path):
+    lines = (ROOT / "docs/cluster.md").read_text().splitlines()
+    [line] = [line for line in lines if "kubectl create secret" in line]
+    stub = tmp_path / "kubectl"
+    stub.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/arguments\ncat > {tmp_path}/input\n')
+    stub.chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HF_TOKEN": "hf_canary"}
+    # xtrace prints the words of every command; printf is the shell's own and starts no process.
+    done = subprocess.run(
+        ["bash", "-xc", line], env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    started = [words for words in done.stderr.splitlines() if not words.startswith("+ printf ")]
+    assert started and not [words for words in started if "hf_canary" in words]
+    assert (tmp_path / "input").read_text() == "hf_canary"
+    assert "HF_TOKEN=/dev/stdin" in (tmp_path / "arguments").read_text()
+
+
 @pytest.mark.parametrize("cluster", ray_clusters())
 def test_gpus_are_on_workers_only_and_start_parameters_are_ray_options(cluster):
     from ray.scripts.scripts import start
@@ -362,6 +438,87 @@ def test_ray_up_clusters_use_spot_gpus_a_token_and_no_public_dashboard(path):
     assert "/home/ray/.ray/auth_token" in config["file_mounts"]
 
 
+def _resolved(path):
+    """The config as `ray up` runs it: Ray's defaults filled in, setup commands merged."""
+    from ray.autoscaler._private.util import prepare_config
+
+    [config] = documents(path)
+    return prepare_config(copy.deepcopy(config))
+
+
+@pytest.mark.parametrize("path", RAY_UP, ids=lambda p: p.name)
+def test_ray_up_installs_nothing_on_the_nodes(path):
+    config = _resolved(path)
+    for commands in ("setup_commands", "head_setup_commands", "worker_setup_commands"):
+        assert config[commands] == []
+    registry = config["docker"]["image"].partition("/")[0]
+    [login] = config["initialization_commands"]
+    assert registry in login
+
+
+@pytest.mark.parametrize("path", RAY_UP, ids=lambda p: p.name)
+def test_ray_starts_a_cpu_node_for_work_that_needs_no_gpu(path):
+    from ray.autoscaler._private import resource_demand_scheduler as scheduler
+
+    config = _resolved(path)
+    summary = scheduler.NodeAvailabilitySummary(node_availabilities={})
+
+    def started(demand):
+        nodes, unmet = scheduler.get_nodes_for(
+            config["available_node_types"],
+            {config["head_node_type"]: 1},
+            config["head_node_type"],
+            config["max_workers"],
+            demand,
+            partial(scheduler._default_utilization_scorer, node_availability_summary=summary),
+        )
+        assert not unmet
+        return dict(nodes)
+
+    cpus = config["available_node_types"]["cpu_spot"]["resources"]["CPU"]
+    assert started([{"CPU": 1}] * cpus) == {"cpu_spot": 1}
+    assert started([{"CPU": 1, "GPU": 1}] * 8) == {"gpu_spot": 8}
+    # CPU nodes that are still up leave room for every GPU.
+    types = config["available_node_types"].values()
+    assert config["max_workers"] == sum(node["max_workers"] for node in types)
+
+
+@pytest.mark.parametrize("path", RAY_UP, ids=lambda p: p.name)
+def test_workers_are_spot_nodes(path):
+    for name, node in _resolved(path)["available_node_types"].items():
+        assert ("spot" in json.dumps(node["node_config"]).lower()) is (name != "head")
+
+
+def test_nodes_on_aws_have_an_encrypted_disk_imdsv2_and_an_image_of_ours():
+    for node in _resolved(CLUSTER / "ray-up/aws.yaml")["available_node_types"].values():
+        node_config = node["node_config"]
+        [disk] = node_config["BlockDeviceMappings"]
+        assert disk["Ebs"]["Encrypted"] is True
+        # Two hops: the container is one behind the node.
+        assert node_config["MetadataOptions"] == {
+            "HttpTokens": "required",
+            "HttpPutResponseHopLimit": 2,
+        }
+        assert node_config["ImageId"].startswith("ami-")
+
+
+def test_ray_makes_no_security_group_on_aws(monkeypatch):
+    from ray.autoscaler._private.aws import config as aws
+
+    # What it would put into a group of its own, extra rules of the provider or not.
+    rules = json.dumps(aws._create_default_inbound_rules(["sg-1"], [{"FromPort": 443}]))
+    assert "0.0.0.0/0" in rules
+    monkeypatch.setattr(aws, "_upsert_security_groups", lambda *_: pytest.fail("made a group"))
+    config = aws._configure_security_group(_resolved(CLUSTER / "ray-up/aws.yaml"))
+    groups = [
+        node["node_config"]["SecurityGroupIds"] for node in config["available_node_types"].values()
+    ]
+    assert len(groups) == 3 and groups == [groups[0]] * 3 and len(groups[0]) == 1
+    guide = (ROOT / "docs/cluster.md").read_text()
+    [cidr] = re.findall(r"--cidr (\S+)", guide)
+    assert ipaddress.ip_network(cidr).prefixlen > 16
+
+
 # -- image, script, monitoring -------------------------------------------------------------------
 
 
@@ -383,6 +540,67 @@ def test_the_image_is_pinned_and_runs_as_nobody_special():
         for name in source.split():
             ignored = (CLUSTER / "Dockerfile.dockerignore").read_text()
             assert f"!{name.removeprefix('./')}" in ignored
+
+
+def test_the_image_brings_what_ray_up_runs_and_imports():
+    import ray.autoscaler._private as autoscaler
+
+    text = (CLUSTER / "Dockerfile").read_text().replace("\\\n", " ")
+    [system] = re.findall(r"apt-get install (.*?) &&", text)
+    # Ray copies into the container with rsync; the head's autoscaler reaches workers by ssh.
+    assert {"rsync", "openssh-client"} <= set(system.split())
+    distributions = {
+        "boto3": "boto3",
+        "botocore": "boto3",
+        "google": "google-auth",
+        "google_auth_httplib2": "google-auth-httplib2",
+        "googleapiclient": "google-api-python-client",
+        "httplib2": "httplib2",
+    }
+    of_ray = {"ray", "packaging"}
+    imported = set()
+    for provider in ("aws", "gcp"):
+        for file in (Path(autoscaler.__file__).parent / provider).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Import):
+                    imported |= {alias.name.partition(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and not node.level:
+                    imported.add(node.module.partition(".")[0])
+    imported -= of_ray | sys.stdlib_module_names
+    assert imported == set(distributions)
+    [step] = re.findall(r"pip install -c constraints.txt (boto3 .*)", text)
+    installed = dict(re.findall(r"([\w-]+)(==\S+)?", step))
+    assert set(distributions.values()) <= set(installed)
+    constraints = (ROOT / "constraints.txt").read_text()
+    for name, version in installed.items():
+        assert version or re.search(rf"^{name}==", constraints, re.M), f"{name} is not pinned"
+
+
+def test_a_login_shell_in_the_image_finds_its_commands(tmp_path):
+    from ray.autoscaler._private.command_runner import _with_interactive
+
+    assert _with_interactive("ray stop")[:2] == ["bash", "--login"]
+    text = (CLUSTER / "Dockerfile").read_text()
+    # Debian's /etc/profile reads the files of this folder that end in .sh.
+    [command] = re.findall(r"^RUN (printf .*) > /etc/profile\.d/\w+\.sh$", text, re.M)
+    snippet = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
+    home = tmp_path / "opt/refscale/bin"
+    home.mkdir(parents=True)
+    names = ["ray", "python", "refscale"]
+    for name in names:
+        (home / name).write_text("")
+        (home / name).chmod(0o755)
+    profile = tmp_path / "refscale.sh"
+    profile.write_text(snippet.stdout.replace("/opt/", f"{tmp_path}/opt/"))
+    login = "/usr/local/bin:/usr/bin:/bin"  # what Debian's /etc/profile leaves of PATH
+    done = subprocess.run(
+        ["bash", "-c", f". {profile}; command -v {' '.join(names)} ls"],
+        env={"PATH": login},
+        capture_output=True,
+        text=True,
+    )
+    *ours, system = done.stdout.split()
+    assert ours == [str(home / name) for name in names] and system.endswith("/ls")
 
 
 def test_hadolint_finds_nothing():
