@@ -85,8 +85,9 @@ def _arm_row(corpus: str, arm: str, result: dict[str, Any]) -> Row:
         row.update({f"{other}_{end}": difference[end] for end in ("low", "high")})
     row["reward_margin"] = measures["reward_margin"]["value"]
     row["chosen_logps"] = measures["chosen_mean_logps"]["value"]
-    row["train"] = sum(run["train_s"] for run in runs) / len(runs)
-    row["train_gpu"] = sum(run["train_gpu_s"] for run in runs) / len(runs)
+    for name in ("train", "train_gpu"):
+        costs = [run[f"{name}_s"] for run in runs]
+        row[name] = None if None in costs else sum(costs) / len(costs)
     return row
 
 
@@ -109,7 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         ],
         notes=[
             "intervals of 95 %: bootstrap over held-out pairs and seeds; differences are paired",
-            "train is the mean wall time of a training, its start included",
+            "train is the mean wall time of a training, its start included; empty where one of"
+            " the arm's trainings was killed and resumed",
         ],
     )
 

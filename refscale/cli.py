@@ -132,10 +132,12 @@ def validate(config: ConfigPath, overrides: Overrides = None, debug: Debug = Fal
     """Check config and corpus without Ray or a GPU; print the funnel and every refusal."""
     loaded = load_config(config, overrides)
     from refscale.corpus.preparation import validate_sources
+    from refscale.training.options import check_training
 
+    check_training(loaded)
     funnel = validate_sources(loaded)
     for refusal in funnel.refusals:
-        print(f"{refusal.file}:{refusal.row}: {refusal.reason}: {refusal.detail}")
+        print(refusal)
     for line in funnel.sources:
         say(line)
     print_counts("corpus", funnel.counts.as_funnel())

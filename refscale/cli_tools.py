@@ -4,6 +4,7 @@ cli.py registers them on its app. Each is a thin reading of arguments; the work 
 its name, imported when the command runs, so that `refscale --help` answers at once.
 """
 
+import ast
 import importlib.util
 import json
 import sys
@@ -14,7 +15,8 @@ import typer
 
 from refscale.config_file import load_config
 from refscale.errors import ConfigError
-from refscale.progress import print_table, say
+from refscale.progress import say
+from refscale.sizing.footprint import GPUS
 from refscale.storage.store import Store
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="The run's config.")]
@@ -36,6 +38,14 @@ JudgeModel = Annotated[
 JudgeKey = Annotated[
     str | None,
     typer.Option("--judge-key-env", help="NAME of the environment variable with its key."),
+]
+JudgeExtra = Annotated[
+    str | None,
+    typer.Option(
+        "--judge-extra",
+        metavar="JSON",
+        help="More fields of its requests; null takes one out, such as max_tokens.",
+    ),
 ]
 
 
@@ -83,7 +93,9 @@ def submit(
 
 def plan(
     config: ConfigPath,
-    gpus: Annotated[str, typer.Option("--gpus", help="Number and name, e.g. 8xH100.")] = "1xH100",
+    gpus: Annotated[
+        str, typer.Option("--gpus", help=f"Number and name, e.g. 8xH100; of {', '.join(GPUS)}.")
+    ] = "1xH100",
     price: Annotated[float | None, typer.Option("--price", help="Of a GPU hour.")] = None,
     run_dir: Annotated[
         str | None, typer.Option("--run-dir", help="Take the lengths of this prepared run.")
@@ -95,7 +107,7 @@ def plan(
     ] = None,
     scoring_mfu: Annotated[float | None, typer.Option("--scoring-mfu")] = None,
     training_mfu: Annotated[float | None, typer.Option("--training-mfu")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     overrides: Overrides = None,
     debug: Debug = False,
 ) -> None:
@@ -116,7 +128,10 @@ def plan(
     if as_json:
         print(json.dumps(result.as_dict(), indent=2))
     else:
-        print_table("plan", result.lines())
+        lines = result.lines()
+        width = max(len(name) for name, _ in lines)
+        for name, value in lines:
+            print(f"{name:<{width}}  {value}")
 
 
 def export(
@@ -171,7 +186,10 @@ def compare(
     judge_url: Judge = None,
     judge_model: JudgeModel = None,
     judge_key_env: JudgeKey = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Redo all arms.")] = False,
+    judge_extra: JudgeExtra = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Redo all arms and completions.")
+    ] = False,
     overrides: Overrides = None,
     debug: Debug = False,
 ) -> None:
@@ -181,8 +199,8 @@ def compare(
     from refscale.report import comparison_page
 
     extra = None
-    if judge_url or judge_model or judge_key_env:
-        extra = win_rate(_judge(judge_url, judge_model, judge_key_env))
+    if judge_url or judge_model or judge_key_env or judge_extra is not None:
+        extra = win_rate(_judge(judge_url, judge_model, judge_key_env, judge_extra))
     result = comparison.compare(
         load_config(config, overrides),
         run_dir,
@@ -204,6 +222,7 @@ def mtbench(
     judge_url: Annotated[str, typer.Option("--judge-url", help="An OpenAI-compatible endpoint.")],
     judge_model: Annotated[str, typer.Option("--judge-model", help="The judge's name there.")],
     judge_key_env: JudgeKey = None,
+    judge_extra: JudgeExtra = None,
     concurrency: Annotated[int | None, typer.Option("--concurrency")] = None,
     questions: Annotated[
         str | None, typer.Option("--questions", help="A question.jsonl; default: our small set.")
@@ -216,6 +235,7 @@ def mtbench(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens")] = 1024,
     batch_size: Annotated[int, typer.Option("--batch-size")] = 8,
+    restart: Annotated[bool, typer.Option("--restart", help="Redo all answers.")] = False,
     overrides: Overrides = None,
     debug: Debug = False,
 ) -> None:
@@ -225,32 +245,44 @@ def mtbench(
     result = bench_module.run_mtbench(
         load_config(config, overrides),
         run_dir,
-        _judge(judge_url, judge_model, judge_key_env, concurrency=concurrency),
+        _judge(judge_url, judge_model, judge_key_env, judge_extra, concurrency=concurrency),
         questions=questions,
         references=references,
         judge_prompts=judge_prompts,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
+        restart=restart,
     )
     print(json.dumps({key: result[key] for key in ("single", "pairwise", "usage")}, indent=2))
 
 
-def _judge(url: str | None, model: str | None, key_env: str | None, **more: Any) -> Any:
-    from refscale.evaluation.judge import judge_config
+def _judge(
+    url: str | None, model: str | None, key_env: str | None, extra: str | None, **more: Any
+) -> Any:
+    from refscale.evaluation.judge import judge_config, parse_extra
 
     if not url or not model:
         raise ConfigError("a judge needs both --judge-url and --judge-model")
-    return judge_config(base_url=url, model=model, api_key_env=key_env, **more)
+    fields = None if extra is None else parse_extra(extra)
+    return judge_config(base_url=url, model=model, api_key_env=key_env, extra=fields, **more)
 
 
 def bench(context: typer.Context, question: Annotated[str, typer.Argument()] = "") -> int:
     """Answer a benchmark's question, such as scoring or selection; no name lists them."""
     folder = Path(__file__).resolve().parents[1] / "benchmarks"
     script = folder / f"bench_{question}.py"
+    scripts = {path.stem.removeprefix("bench_"): path for path in sorted(folder.glob("bench_*.py"))}
+    if question in ("", "-h", "--help"):
+        print("usage: refscale bench NAME [OPTION ...]; refscale bench NAME --help shows them")
+        for name, path in scripts.items():
+            doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            print(f"  {name:<10} {doc.partition(chr(10))[0]}")
+        if not scripts:
+            print("  none here: they come with the repository, not with the package")
+        return 0
     if not script.is_file():
-        known = sorted(p.stem.removeprefix("bench_") for p in folder.glob("bench_*.py"))
         raise ConfigError(
-            f"no benchmark {question!r}; known: {', '.join(known) or 'none here'}"
+            f"no benchmark {question!r}; known: {', '.join(scripts) or 'none here'}"
             " (they come with the repository, not with the package)"
         )
     sys.path.insert(0, str(folder))  # the scripts import each other

@@ -20,6 +20,7 @@ from pydantic import (
 
 from refscale.errors import ConfigError
 
+Preset = Literal["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
 FORMATS = ("auto", "trl", "hh", "ultrafeedback", "helpsteer3", "columns")
 
 
@@ -233,9 +234,9 @@ class TrainConfig(Section):
     """DPO on the selection; TRL's names where the meaning is TRL's."""
 
     num_workers: int = Field(1, gt=0, description="Ray Train workers (data-parallel ranks).")
-    deepspeed: (
-        Literal["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"] | dict[str, Any] | None
-    ) = Field("zero2", description="A preset, a DeepSpeed config, or null for plain DDP.")
+    deepspeed: Preset | dict[str, Any] | None = Field(
+        "zero2", description="A preset, a DeepSpeed config, or null for plain DDP."
+    )
     beta: float = Field(0.1, gt=0, description="DPO's beta.")
     loss_type: str = Field("sigmoid", description="A TRL loss that takes summed log-probs.")
     label_smoothing: float = Field(
@@ -300,6 +301,19 @@ class TrainConfig(Section):
         description="Pairs whose stored sums are compared with the policy's at step 0.",
     )
     trl: dict[str, Any] = Field(default_factory=dict, description="Other DPOConfig fields.")
+
+    @field_validator("deepspeed", mode="before")
+    @classmethod
+    def _known_preset(cls, value: Any) -> Any:
+        presets = get_args(Preset)
+        if value is None or isinstance(value, dict) or value in presets:
+            return value
+        nearest = difflib.get_close_matches(str(value), presets, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]}? It" if nearest else "it"
+        raise ValueError(
+            f"got {value!r}; {hint} must be one of {', '.join(presets)}, a DeepSpeed config, or"
+            " null for plain DDP"
+        )
 
     @model_validator(mode="after")
     def _measured_when_saved(self) -> "TrainConfig":
@@ -383,6 +397,14 @@ class Config(Section):
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     ray: RayConfig = Field(default_factory=RayConfig)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections(cls, data: Any) -> Any:
+        """A section of which only the name is written is one of defaults."""
+        if not isinstance(data, dict):
+            return data
+        return {k: v for k, v in data.items() if v is not None or k not in cls.model_fields}
+
 
 def parse_config(data: dict[str, Any], origin: str = "config") -> Config:
     """A Config from plain data.
@@ -394,7 +416,7 @@ def parse_config(data: dict[str, Any], origin: str = "config") -> Config:
     try:
         return Config.model_validate(data)
     except ValidationError as exc:
-        lines = [_explain(error) for error in exc.errors()]
+        lines = [_explain(error) for error in _relevant(exc.errors())]
         raise ConfigError(f"{origin}: " + "; ".join(dict.fromkeys(lines))) from exc
 
 
@@ -403,11 +425,32 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def _is_union_member(part: Any) -> bool:
+    """Whether a part of an error's location is none of the user's keys."""
+    if isinstance(part, int):
+        return False
+    return part in ("int", Replicas.__name__) or part.startswith(("function", "dict[", "literal["))
+
+
+def _relevant(errors: list[Any]) -> list[Any]:
+    """Without those of a union's member that takes no such value, where another member does."""
+
+    def is_refused_kind(error: Any) -> bool:
+        kinds = ("int_type", "model_type", "dict_type")
+        return error["type"] in kinds and _is_union_member(error["loc"][-1])
+
+    others = [error["loc"] for error in errors if not is_refused_kind(error)]
+
+    def another_takes_it(error: Any) -> bool:
+        union = error["loc"][:-1]
+        return any(location[: len(union)] == union for location in others)
+
+    return [e for e in errors if not (is_refused_kind(e) and another_takes_it(e))]
+
+
 def _explain(error: Any) -> str:
     """One line for one pydantic error: key, value, rule, nearest name."""
-    location = [
-        p for p in error["loc"] if isinstance(p, int) or not p.startswith(("function", "dict["))
-    ]
+    location = [part for part in error["loc"] if not _is_union_member(part)]
     dotted = ".".join(str(part) for part in location)
     if error["type"] == "extra_forbidden":
         known = _fields_at(location[:-1])

@@ -40,6 +40,19 @@ def load_config(path: str, overrides: list[str] | None = None) -> Config:
     return _absolute_paths(config, Path(path).resolve().parent)
 
 
+def explain_model_name(model_name_or_path: str, error: str) -> str:
+    """`error` of loading a model, with what its name was taken for where no folder has it."""
+    path = Path(model_name_or_path)
+    if path.exists():
+        return error
+    if path.is_absolute():
+        return f"model.model_name_or_path: folder {model_name_or_path} does not exist"
+    return (
+        f"{error}; there is no folder {model_name_or_path} beside the config, so it was taken for"
+        " a hub id"
+    )
+
+
 def _apply_override(data: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key.strip():
@@ -71,7 +84,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     else:
         node[parts[-1]] = parsed
     # One size of a selection replaces another: an override need not null the config's own.
-    sizes = ("fraction", "count", "threshold")
+    sizes = ("fraction", "count", "threshold", "band")
     if (
         parts[0] == "select"
         and parts[-1] in sizes

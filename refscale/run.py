@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from refscale.cluster.runtime import ClusterInfo, connect
 from refscale.config import Config, dump_config
 from refscale.errors import StorageError
+from refscale.secrets import refuse_secrets
 from refscale.storage.stages import StageFolder
 from refscale.storage.store import Store
 
@@ -66,8 +67,10 @@ def claim(run: Run) -> None:
     The config of an existing run is replaced only when a stage has accepted the new one.
 
     Raises:
+        ConfigError: The config or the folder's URI holds a secret, which would be written here.
         StorageError: Its config.yaml is somebody else's.
     """
+    refuse_secrets(run.config, run.store.uri)
     if not run.store.exists(CONFIG_FILE):
         write_config(run)
     elif not run.store.read_bytes(CONFIG_FILE).startswith(_CONFIG_HEADER):

@@ -21,6 +21,7 @@ from typing import Any
 
 import jinja2
 
+from refscale.config_file import explain_model_name
 from refscale.corpus.pairs import Messages, Pair, Refusal, shorten
 from refscale.errors import ModelError, StorageError
 from refscale.storage.fingerprints import file_sha256, model_fingerprint
@@ -91,10 +92,11 @@ class EncoderSettings:
                 trust_remote_code=self.trust_remote_code,
             )
         except (OSError, ValueError, ImportError, KeyError) as exc:
-            raise ModelError(
+            error = (
                 f"the tokenizer of model.model_name_or_path = {self.model_name_or_path} cannot be"
                 f" loaded: {shorten(str(exc), 200)}"
-            ) from exc
+            )
+            raise ModelError(explain_model_name(self.model_name_or_path, error)) from exc
         if self.chat_template is not None:
             tokenizer.chat_template = self.chat_template
         return Encoder(tokenizer, max_length=self.max_length, truncation=self.truncation)

@@ -17,7 +17,8 @@ import zstandard
 
 from refscale.corpus.hf_datasets import DatasetRef
 from refscale.corpus.pairs import shorten
-from refscale.errors import CorpusError
+from refscale.errors import CorpusError, StorageError
+from refscale.storage.filesystems import open_filesystem
 
 
 @dataclass(frozen=True)
@@ -70,21 +71,14 @@ def filesystem(root: str) -> tuple[pafs.FileSystem, str]:
     """The filesystem of a path or URI, and the path in it.
 
     Raises:
-        CorpusError: Neither pyarrow nor fsspec knows the scheme.
+        CorpusError: It cannot be opened, or neither pyarrow nor fsspec knows the scheme.
     """
     if "://" not in root:
         return pafs.LocalFileSystem(), root
     try:
-        found, path = pafs.FileSystem.from_uri(root)
-    except (pa.ArrowInvalid, OSError, NotImplementedError):
-        try:
-            import fsspec
-
-            handler, path = fsspec.core.url_to_fs(root)
-        except (ImportError, ValueError, OSError) as exc:
-            raise CorpusError(f"cannot open {root}: {exc}") from exc
-        found = pafs.PyFileSystem(pafs.FSSpecHandler(handler))
-    return found, path
+        return open_filesystem(root)
+    except StorageError as exc:
+        raise CorpusError(str(exc)) from exc
 
 
 def _open(part: Part) -> BinaryIO:

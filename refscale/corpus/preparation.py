@@ -44,12 +44,17 @@ _PLACE_BITS = 32
 
 @dataclass(frozen=True)
 class RefusedRow:
-    """A refused row, for people."""
+    """A refused row, for people; its row is 0-based as in the quarantine, its line 1-based."""
 
     file: str
     row: int
     reason: str
     detail: str
+    line: int | None = None
+
+    def __str__(self) -> str:
+        at = "" if self.line is None else f" (line {self.line})"
+        return f"{self.file}, row {self.row}{at}: {self.reason}: {self.detail}"
 
 
 @dataclass(frozen=True)
@@ -244,13 +249,17 @@ def validate_sources(config: Config) -> Validation:
     """
     planned = plan(config)
     encoder = planned.encoder.load()
+    parts = [part for unit in planned.units for part in unit.parts]
+    with_lines = {part.shown for part in parts if part.kind == "jsonl"}
     keys, refusals, counts = [], [], []
     for index in range(len(planned.units)):
         prepared = prepare_unit(planned, index, encoder)
         keys.append(prepared.pairs.select(SETTLED_BY))
         counts.append(prepared.counts.as_dict())
         refused = prepared.refused.select(["file", "source_row", "reason", "detail"])
-        refusals += [RefusedRow(*row.values()) for row in refused.to_pylist()]
+        for file, row, reason, detail in (tuple(r.values()) for r in refused.to_pylist()):
+            line = row + 1 if file in with_lines else None
+            refusals.append(RefusedRow(file, row, reason, detail, line))
     _, settled = settle_bucket(
         pa.concat_tables(keys),
         duplicates=planned.duplicates,

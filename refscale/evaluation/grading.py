@@ -15,7 +15,13 @@ from typing import Any
 import numpy as np
 
 from refscale.errors import ConfigError, EvaluationError
-from refscale.evaluation.judge import Judge, Judgement, parse_preference, parse_rating
+from refscale.evaluation.judge import (
+    Judge,
+    Judgement,
+    Messages,
+    parse_preference,
+    parse_rating,
+)
 from refscale.evaluation.questions import Answer, JudgePrompt, Question
 
 # As the paper behind refscale groups MT-Bench's categories.
@@ -54,7 +60,8 @@ def grade(
 
     Raises:
         ConfigError: A judge prompt is missing or asks for something that we do not have.
-        EvaluationError: A question has no answer; or the judge refuses altogether.
+        EvaluationError: A question has no answer; the judge refuses altogether, or not one
+            judgement came back.
     """
     given = _by_question(questions, answers)
     plan = []
@@ -64,7 +71,7 @@ def grade(
             turns = given[question.question_id].turns
             texts = {f"answer{_part(turn, i)}": turns[i - 1] for i in _seen(turn)}
             plan.append((question, turn, prompt, _messages(prompt, question, turn, texts)))
-    judgements = judge.ask([messages for *_, messages in plan])
+    judgements = _ask(judge, [messages for *_, messages in plan])
     rows = [
         {
             **_identity(question, turn, prompt, judgement),
@@ -112,7 +119,7 @@ def compare(
                     for i in _seen(turn)
                 }
                 plan.append((question, turn, prompt, _messages(prompt, question, turn, texts)))
-    judgements = judge.ask([messages for *_, messages in plan])
+    judgements = _ask(judge, [messages for *_, messages in plan])
     rows = []
     for i in range(0, len(plan), 2):
         question, turn, prompt, _ = plan[i]
@@ -137,6 +144,21 @@ def _verdict(first: Judgement, second: Judgement) -> tuple[str | None, bool]:
     one = {"A": "win", "B": "loss", "tie": "tie"}[straight]
     other = {"A": "loss", "B": "win", "tie": "tie"}[swapped]
     return (one, False) if one == other else ("tie", True)
+
+
+# -- asking ----------------------------------------------------------------------------------------
+
+
+def _ask(judge: Judge, conversations: Sequence[Messages]) -> list[Judgement]:
+    """The judgements, of which at least one came back."""
+    judgements = judge.ask(conversations)
+    if judgements and all(judgement.error is not None for judgement in judgements):
+        raise EvaluationError(
+            f"none of {len(judgements)} judgements came back from {judge.config.model} at"
+            f" {judge.config.base_url}; the last error: {judgements[-1].error}. The answers are"
+            " kept, the same command asks again"
+        )
+    return judgements
 
 
 # -- prompts ---------------------------------------------------------------------------------------

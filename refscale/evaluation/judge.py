@@ -9,6 +9,7 @@ reply without a readable verdict is kept with its text and counted, not guessed 
 Costs: a thread for each request in flight; tokens and money are counted in `Usage`.
 """
 
+import json
 import os
 import random
 import re
@@ -47,7 +48,8 @@ class JudgeConfig(Section):
     temperature: float = Field(0.0, ge=0)
     max_tokens: int = Field(2048, gt=0, description="Longest reply, in tokens.")
     extra: dict[str, Any] = Field(
-        default_factory=dict, description="More fields of the request, e.g. {seed: 0}."
+        default_factory=dict,
+        description="More fields of the request, e.g. {seed: 0}; null takes a field out.",
     )
     concurrency: int = Field(8, gt=0, description="Requests in flight.")
     timeout_s: float = Field(120, gt=0, description="Seconds for one attempt.")
@@ -64,6 +66,14 @@ class JudgeConfig(Section):
         if not re.match(r"https?://[^\s/]", value):
             raise ValueError(f"must begin with http:// or https://, got {value!r}")
         return value.rstrip("/")
+
+    @field_validator("extra")
+    @classmethod
+    def _not_ours(cls, value: dict[str, Any]) -> dict[str, Any]:
+        ours = sorted(value.keys() & {"model", "messages", "stream"})
+        if ours:
+            raise ValueError(f"may not hold {', '.join(ours)}, which refscale sets itself")
+        return value
 
     @field_validator("api_key_env")
     @classmethod
@@ -88,6 +98,29 @@ def judge_config(**values: Any) -> JudgeConfig:
             name = ".".join(map(str, error["loc"]))
             defects.append(f"judge {name}: {error['msg'].removeprefix('Value error, ')}")
         raise ConfigError("; ".join(defects)) from None
+
+
+def parse_extra(text: str) -> dict[str, Any]:
+    """More fields of a request, as a command line gives them.
+
+    Raises:
+        ConfigError: It is not a JSON object.
+    """
+
+    def no_json(constant: str) -> Any:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        value = json.loads(text, parse_constant=no_json)
+        defect = "" if isinstance(value, dict) else f"got {type(value).__name__}"
+    except ValueError as exc:
+        value, defect = None, str(exc)
+    if defect:
+        raise ConfigError(
+            f"--judge-extra must be a JSON object: {defect}; such as"
+            """ '{"max_tokens": null, "max_completion_tokens": 2048}'"""
+        )
+    return dict(value)
 
 
 @dataclass(frozen=True)
@@ -161,21 +194,26 @@ class Usage:
 # -- verdicts --------------------------------------------------------------------------------------
 
 _RATING = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*(?:/\s*10\s*)?\]\]")
-_SINGLE_BRACKETS = re.compile(r"\[\s*(\d+(?:\.\d+)?)\s*\]")
+# After the word, or at the very end: "arr[1]" in the middle of a reply about code rates nothing.
+_SINGLE = r"\[\s*(\d+(?:\.\d+)?)\s*\]"
+_SINGLE_BRACKETS = (
+    re.compile(rf"\brating[\s:=*_]*(?:is\b)?[\s:=*_]*{_SINGLE}", re.IGNORECASE),
+    re.compile(rf"(?<!\w){_SINGLE}[\s.*_]*\Z"),
+)
 _PREFERENCE = re.compile(r"\[\[\s*([ABC])\s*\]\]")
 
 Preference = Literal["A", "B", "tie"]
 
 
 def parse_rating(text: str) -> float | None:
-    """The rating in "[[7]]", or in "[7]" where there is none; 1 to 10.
+    """The rating in "[[7]]", else in a "[7]" after the word rating or at the end; 1 to 10.
 
     Returns:
         None where there is none, it is out of range, or several different ones are given: which
         one the judge meant is not for us to say.
     """
-    for pattern in (_RATING, _SINGLE_BRACKETS):
-        found = {float(number) for number in pattern.findall(text)}
+    for patterns in ((_RATING,), _SINGLE_BRACKETS):
+        found = {float(number) for pattern in patterns for number in pattern.findall(text)}
         if found:
             rating = found.pop()
             return rating if not found and 1 <= rating <= 10 else None
@@ -273,13 +311,15 @@ class Judge:
         return [done[key] for key in keys]
 
     def _body(self, messages: Messages) -> dict[str, Any]:
-        return {
+        body = {
             "model": self.config.model,
             "messages": [{k: valid_text(v) for k, v in message.items()} for message in messages],
             "temperature": self.config.temperature,
             "max_tokens": self.config.max_tokens,
             **self.config.extra,
         }
+        # OpenAI's reasoning models refuse max_tokens and temperature.
+        return {name: value for name, value in body.items() if value is not None}
 
     def _judge(self, key: str, body: dict[str, Any]) -> Judgement:
         path = f"{self._folder}/{key[:2]}/{key}.json"

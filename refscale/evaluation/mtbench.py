@@ -27,6 +27,7 @@ from refscale.evaluation.questions import (
     load_judge_prompts,
     load_questions,
 )
+from refscale.secrets import refuse_secrets
 from refscale.storage.fingerprints import digest, model_fingerprint
 from refscale.storage.locks import RunLock
 from refscale.storage.stages import FileRecord, StageFolder
@@ -209,6 +210,7 @@ def run_mtbench(
     judge_prompts: str | None = None,
     max_new_tokens: int = 1024,
     batch_size: int = 8,
+    restart: bool = False,
 ) -> dict[str, Any]:
     """Reference and policy of a run on MT-Bench: both rated, and compared in both orders.
 
@@ -221,18 +223,21 @@ def run_mtbench(
         judge_prompts: A judge_prompts.jsonl; None for the package's own.
         max_new_tokens: Longest answer of a turn.
         batch_size: Conversations generated at once.
+        restart: Answer anew; judgements of equal answers are not paid for again.
 
     Returns:
         What is written to mtbench/result.json: `single` by model, `pairwise`, `answers` (lengths),
         and the judge's `usage`.
 
     Raises:
+        ConfigError: The config or the folder's URI holds a secret.
         StorageError: The policy is not finished.
-        EvaluationError: The judge refuses altogether.
+        EvaluationError: The judge refuses altogether, or not one judgement of a grading came back.
     """
     from refscale.cluster.runtime import disconnect
     from refscale.run import Run
 
+    refuse_secrets(config, run_dir)
     store = Store(run_dir)
     asked = load_questions(questions, references)
     prompts = load_judge_prompts(judge_prompts)
@@ -240,6 +245,8 @@ def run_mtbench(
     with RunLock(store):
         run = Run(store, config)
         policy = run.folder("policy").require()
+        if restart:
+            store.delete("mtbench")
         model, ray = config.model, config.ray
         shared: dict[str, Any] = {
             "dtype": model.dtype,
@@ -275,8 +282,13 @@ def run_mtbench(
             }
         finally:
             disconnect()
-        single = {name: grade(asking, asked, given, prompts) for name, given in answers.items()}
+        # Each is written when it is there: the next one may find the judge gone.
+        single = {}
+        for name, given in answers.items():
+            single[name] = grade(asking, asked, given, prompts)
+            _write_rows(store, f"mtbench/{name}-single.jsonl", single[name].rows)
         pairwise = compare(asking, asked, answers["policy"], answers["reference"], prompts)
+        _write_rows(store, "mtbench/pairwise.jsonl", pairwise.rows)
         result = {
             "questions": questions or "the package's own set; not comparable with published scores",
             "judge": judge.model,
@@ -285,9 +297,6 @@ def run_mtbench(
             "answers": {name: lengths(given) for name, given in answers.items()},
             "usage": asking.usage.to_json(judge),
         }
-        for name, grading in single.items():
-            _write_rows(store, f"mtbench/{name}-single.jsonl", grading.rows)
-        _write_rows(store, "mtbench/pairwise.jsonl", pairwise.rows)
         store.write_json("mtbench/result.json", result)
     return result
 

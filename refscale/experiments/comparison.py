@@ -30,10 +30,11 @@ from refscale.experiments.statistics import summarise
 from refscale.progress import say
 from refscale.report.comparison_page import lines, render_html
 from refscale.schema import EVALUATION
+from refscale.secrets import refuse_secrets
 from refscale.storage.locks import RunLock
 from refscale.storage.stages import StageFolder
 from refscale.storage.store import Store
-from refscale.training.options import deciding_options
+from refscale.training.options import check_training, deciding_options
 
 if TYPE_CHECKING:
     from refscale.run import Run
@@ -75,7 +76,7 @@ def compare(
         seeds: Each arm is trained once with each: shuffling, and the draw of the random arms.
         parallel: Arms trained side by side; None for as many as the cluster fits.
         keep_policies: Keep every arm's policy and checkpoints.
-        restart: Redo all arms.
+        restart: Redo all arms, and the reference model's completions.
         extra: Called with an arm's run while its policy is still there, for example `win_rate`;
             what it returns is kept under "extra". It must resume by itself.
 
@@ -83,15 +84,18 @@ def compare(
         What is written to comparison.json.
 
     Raises:
-        ConfigError: An arm cannot be read, there is no seed, or something is given twice.
+        ConfigError: An arm cannot be read, there is no seed, something is given twice, or the
+            config or the folder's URI holds a secret.
         FingerprintError: An arm was made with other settings; names the field.
         EvaluationError: There is no held-out pair.
     """
     parsed = _checked([parse_arm(text) for text in (arms or grid())], seeds)
+    check_training(config)
     from refscale import pipeline
     from refscale.cluster.runtime import disconnect
     from refscale.run import Run, claim
 
+    refuse_secrets(config, run_dir)  # before a message could show the folder's URI
     store = Store(run_dir)
     with RunLock(store):
         run = Run(store, config)
@@ -105,6 +109,7 @@ def compare(
                 )
             if restart:
                 store.delete("arms")
+                store.delete("reference_completions")
             jobs = [(arm, seed) for seed in seeds for arm in parsed]
             left = sum(_result(store, *job).manifest() is None for job in jobs)
             # Connected before the threads begin, and not at all where nothing is left to do.
@@ -257,10 +262,12 @@ def _details(
     trained: Mapping[str, Any],
     evaluated: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What one arm kept, and what it cost."""
+    """What one arm kept, and what it cost: None of a training that was resumed."""
     config = run.config
     workers = config.train.num_workers
     gpus = run.gpus(config.ray.gpus_per_worker) * workers
+    # Nobody timed what a killed command had done before the checkpoint.
+    whole = not trained["details"].get("resumed")
     kept, every = selected["details"]["kept"], selected["details"]["all"]
     purity = evaluated["details"].get("purity")
     return {
@@ -268,9 +275,9 @@ def _details(
         "mean_length_difference": kept["mean_length_difference"],
         "mean_length_difference_of_all": every["mean_length_difference"],
         "right_labels": None if purity is None else purity["kept"]["value"],
-        "train_s": trained["seconds"],
-        "train_gpu_s": trained["seconds"] * gpus,
-        "steps_s": trained["details"].get("train_runtime_s"),
+        "train_s": trained["seconds"] if whole else None,
+        "train_gpu_s": trained["seconds"] * gpus if whole else None,
+        "steps_s": trained["details"].get("train_runtime_s") if whole else None,
         "steps": trained["details"].get("steps"),
         "train_loss": trained["details"].get("train_loss"),
         "evaluate_s": evaluated["seconds"],

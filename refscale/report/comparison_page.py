@@ -33,6 +33,14 @@ COSTS = {
 }
 
 
+class _Figure(float):
+    """A number that is shown as a dash where it is NaN."""
+
+    def __format__(self, spec: str) -> str:
+        text = super().__format__(spec)
+        return text if self == self else text.replace("nan", "  –")
+
+
 def lines(comparison: Mapping[str, Any]) -> list[str]:
     """The headline table, one line an arm, and the verdicts."""
     shown = [f"{'arm':<36} {'accuracy':>20} {'sd':>6} {'against random':>22} {'train s':>9}"]
@@ -128,17 +136,17 @@ def _row(comparison: Mapping[str, Any], arm: str) -> dict[str, Any]:
     }
 
 
-def _mean(comparison: Mapping[str, Any], arm: str, name: str) -> float:
-    """Mean of a figure over an arm's seeds, a dotted name; NaN where it was not measured."""
+def _mean(comparison: Mapping[str, Any], arm: str, name: str) -> _Figure:
+    """Mean of a figure over an arm's seeds, a dotted name; NaN where one was not measured."""
     found: list[float] = []
     for run in comparison["runs"][arm].values():
         value: Any = run
         for part in name.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
         if value is None:
-            return float("nan")
+            return _Figure("nan")
         found.append(value)
-    return sum(found) / len(found)
+    return _Figure(sum(found) / len(found))
 
 
 def _estimate(estimate: Mapping[str, float] | None, *, signed: bool) -> str:

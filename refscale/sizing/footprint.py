@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from refscale.config import Config
+from refscale.config_file import explain_model_name
 from refscale.errors import ConfigError, ModelError
 
 GIB = 2**30
@@ -123,7 +124,8 @@ def model_shape(config: Config) -> ModelShape:
             model = AutoModelForCausalLM.from_config(loaded, **trust)
     except (OSError, ValueError, KeyError) as exc:
         lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
-        raise ModelError(f"cannot read the config of {name}: {' '.join(lines)[:300]}") from exc
+        error = f"cannot read the config of {name}: {' '.join(lines)[:300]}"
+        raise ModelError(explain_model_name(name, error)) from exc
     flops = Flops.of(model)
     parameters = sum(p.numel() for p in model.parameters())
     trainable = parameters
@@ -252,9 +254,10 @@ def worker_memory(
     per_token = shape.num_layers * layer
     if config.train.gradient_checkpointing:
         per_token = shape.num_layers * shape.hidden_size + layer
-    tokens = config.train.per_device_train_batch_size * longest
-    if config.train.packed == "off":
-        tokens = 2 * config.train.per_device_train_batch_size * config.encoding.max_length
+    pair = 2 * config.encoding.max_length if config.train.packed == "off" else longest
+    # A pair longer than the budget is a micro-batch of its own.
+    budget = config.train.token_budget
+    tokens = max(budget, pair) if budget else config.train.per_device_train_batch_size * pair
     # Logits, their slope and its product with the gradients; the head's gradient.
     tile = 3 * _TILE_ROWS * min(shape.vocab_size, _TILE_VOCAB) * 4
     return Memory(

@@ -1,14 +1,17 @@
 """How long a corpus' pairs are: what the cost of scoring and training depends on.
 
 In: a prepared corpus, the sources, or bare averages. Out: totals of tokens and of attended context,
-scaled from a sample to the corpus. Pure numpy; a sample of 2,000 pairs takes seconds.
+scaled from a sample to the corpus. Pure numpy; a sample of 2,000 pairs takes seconds, and at least
+one unit of every source is read.
 
 What it gives up: prompts and completions that recur beyond the sample are not seen, so a corpus of
 many completions a prompt is estimated from a prepared run (whole shards), not from its sources.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import reduce
+from operator import add
 
 import numpy as np
 
@@ -49,9 +52,11 @@ class Lengths:
     longest: int
     origin: str
 
-    def scaled_to(self, num_pairs: int, holdout_pairs: int) -> "Lengths":
-        """The totals of a corpus of which this is a sample."""
+    def scaled_to(self, num_pairs: int, holdout_pairs: int | None = None) -> "Lengths":
+        """The totals of a corpus of which this is a sample; default: with the same holdout."""
         factor = num_pairs / self.num_pairs
+        if holdout_pairs is None:
+            holdout_pairs = round(self.holdout_pairs * factor)
         return replace(
             self,
             num_pairs=num_pairs,
@@ -62,6 +67,15 @@ class Lengths:
             context=self.context * factor,
             padded_tokens=self.padded_tokens * factor,
         )
+
+    def __add__(self, other: "Lengths") -> "Lengths":
+        """The totals of two corpora together, which share nothing."""
+        sums = {
+            field.name: getattr(self, field.name) + getattr(other, field.name)
+            for field in fields(self)
+            if field.name not in ("longest", "origin")
+        }
+        return replace(self, longest=max(self.longest, other.longest), **sums)
 
 
 def of_means(
@@ -148,12 +162,13 @@ def of_run(store: Store, *, sample: int = SAMPLE_PAIRS) -> Lengths:
 def of_sources(
     config: Config, *, num_pairs: int | None = None, sample: int = SAMPLE_PAIRS
 ) -> Lengths:
-    """Of the sources' first units up to `sample` pairs, read and encoded as `prepare` would.
+    """Of each source's first units up to `sample` pairs in all, encoded as `prepare` would.
 
     Args:
         config: The config.
-        num_pairs: Pairs of the whole corpus; default: units not read count like those read.
-        sample: Pairs to encode; whole units are read, so it may be more.
+        num_pairs: Pairs of the whole corpus; default: what is not read counts like what is.
+        sample: Pairs to encode, split evenly among the sources; whole units are read, so it may be
+            more.
 
     Raises:
         CorpusError: A source cannot be read.
@@ -163,20 +178,28 @@ def of_sources(
 
     plan = preparation.plan(config)
     encoder = plan.encoder.load()
-    columns: tuple[list[np.ndarray], ...] = ([], [], [])
-    units = 0
-    for index in range(len(plan.units)):
-        if columns[0] and len(columns[0]) >= sample:
-            break
-        _append(columns, preparation.prepare_unit(plan, index, encoder).pairs)
-        units += 1
-    found = len(columns[0])
+    parts: list[Lengths] = []
+    found = units = 0
+    for number, source in enumerate(plan.sources):
+        own = [index for index, unit in enumerate(plan.units) if unit.source == number]
+        columns: tuple[list[np.ndarray], ...] = ([], [], [])
+        used = 0
+        while used < len(own) and len(columns[0]) < max(1, sample // len(plan.sources)):
+            _append(columns, preparation.prepare_unit(plan, own[used], encoder).pairs)
+            used += 1
+        pairs = len(columns[0])
+        found, units = found + pairs, units + used
+        if pairs:
+            size = [sum(part.num_bytes for part in plan.units[index].parts) for index in own]
+            total = round(pairs * sum(size) / sum(size[:used]))
+            held = plan.holdout_fraction if source.holdout is None else float(source.holdout)
+            part = of_pairs(*columns, origin="").scaled_to(total, round(total * held))
+            parts.append(part)
     origin = f"{found:,} pairs of {units} of {len(plan.units)} units of the sources"
-    # Units not read are taken to be like those read.
-    total = num_pairs or round(found * len(plan.units) / units)
-    return of_pairs(*columns, origin=origin).scaled_to(
-        total, round(total * config.corpus.holdout_fraction)
-    )
+    if not parts:
+        raise ConfigError(f"no pairs to size the run from ({origin})")
+    lengths = replace(reduce(add, parts), origin=origin)
+    return lengths.scaled_to(num_pairs) if num_pairs else lengths
 
 
 def _append(columns: tuple[list[np.ndarray], ...], table: object) -> None:

@@ -2,13 +2,15 @@
 
 In: the config, the lengths of its pairs, the model's config.json (no weights: the model is built on
 torch's meta device) and the GPUs. Out: tokens, operations, GPU hours, memory of a scoring replica
-and of a training worker at every ZeRO stage, and the cost at a price that the user gives.
+and of a training worker at every ZeRO stage, and the cost at a price that the user gives. The GPUs
+are taken to be reserved for the whole run, whether a stage uses all of them or not.
 
 Every figure that is assumed rather than computed is an entry of `Sizing.assumptions`, printed with
 its value. Seconds on a CPU; nothing is downloaded but, for a hub model, its config.
 """
 
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from refscale.config import Config
@@ -33,7 +35,10 @@ _MOST_WORKERS = 1024
 
 @dataclass(frozen=True)
 class Sizing:
-    """The answer. `lines` is what the terminal shows, `as_dict` the same as JSON values."""
+    """The answer. `lines` is what the terminal shows, `as_dict` the same as JSON values.
+
+    `gpu_hours` and `hours` are by stage: of the GPUs that it uses, and of the clock.
+    """
 
     gpu: Gpu
     num_gpus: int
@@ -55,15 +60,20 @@ class Sizing:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def reserved_gpu_hours(self) -> float:
+        """Of all GPUs given, from the first stage to the last."""
+        return self.num_gpus * sum(self.hours.values())
+
+    @property
     def cost(self) -> float | None:
-        """At the price given; None without one."""
+        """Of the reserved GPU hours at the price given; None without one."""
         price = self.assumptions.price_per_gpu_hour
-        return None if price is None else price * sum(self.gpu_hours.values())
+        return None if price is None else price * self.reserved_gpu_hours
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values."""
         values = asdict(self)
-        values["cost"] = self.cost
+        values["reserved_gpu_hours"], values["cost"] = self.reserved_gpu_hours, self.cost
         values["replica_memory"]["total"] = self.replica_memory.total
         for name, memory in self.worker_memory.items():
             values["worker_memory"][name]["total"] = memory.total
@@ -86,6 +96,9 @@ class Sizing:
         for name, flops in self.flops.items():
             hours = f"{_hours(self.gpu_hours[name])} GPU hours, {_hours(self.hours[name])} h"
             found.append((name, f"{flops:.3g} FLOP, {hours}"))
+        reserved, used = _hours(self.reserved_gpu_hours), _hours(sum(self.gpu_hours.values()))
+        clock = _hours(sum(self.hours.values()))
+        found.append(("in all", f"{clock} h, {reserved} GPU hours reserved, {used} used"))
         memory = self.replica_memory
         found.append(
             (
@@ -101,7 +114,7 @@ class Sizing:
             found.append((f"training, {name}", f"{_gib(memory)}; {enough}{chosen}"))
         if self.cost is not None:
             price = self.assumptions.price_per_gpu_hour
-            found.append(("cost", f"{self.cost:,.2f} at {price:g} a GPU hour"))
+            found.append(("cost", f"{self.cost:,.2f} at {price:g} a reserved GPU hour"))
         for name, value in asdict(self.assumptions).items():
             if value is not None:
                 found.append((f"assumed: {name}", f"{value:g}"))
@@ -138,7 +151,12 @@ def plan(
     notes = [] if half else ["model.dtype float32: the peak is that of fp32 without TF32"]
 
     per_replica, budget, memory = replica_memory(config, shape, gpu, count, assumed, half)
-    replicas = count // per_replica
+    asked = config.ray.gpus_per_replica
+    # Several replicas of less than a GPU share one.
+    share = asked if asked and asked < 1 else per_replica
+    replicas = min(int(count / share), config.ray.replica_bounds()[1])
+    used = {"scoring": min(count, math.ceil(replicas * share))}
+    notes += _replica_notes(config, count, int(count / share), used["scoring"])
     if per_replica > 1:
         notes.append(
             f"a replica of {per_replica} GPUs works through its layers in turn: one GPU is busy"
@@ -157,8 +175,12 @@ def plan(
     workers = min(config.train.num_workers, count)
     if workers < config.train.num_workers:
         notes.append(f"train.num_workers is {config.train.num_workers}, there are {count} GPUs")
-    used = {"scoring": replicas * per_replica, "training": workers}
-    used["evaluation"] = used["scoring"]
+    elif workers < count:
+        notes.append(
+            f"train.num_workers is {workers}: {count - workers} of {count} GPUs idle in training;"
+            f" set train.num_workers: {count}, which makes a step's batch larger"
+        )
+    used.update(training=workers, evaluation=used["scoring"])
     itemsize = 2 if config.train.bf16 is not False and half else 4
 
     def training(stage: str, number: int) -> Memory:
@@ -168,7 +190,12 @@ def plan(
         numbers = (2**i for i in range(_MOST_WORKERS.bit_length()))
         return next((n for n in numbers if training(stage, n).fits), None)
 
-    stage = config.train.deepspeed
+    asked_stage = config.train.deepspeed
+    stage = "a config" if isinstance(asked_stage, dict) else asked_stage or "ddp"
+    memories = {name: training(name, workers) for name in STAGES}
+    needed = {name: enough(name) for name in STAGES}
+    if stage in memories and not memories[stage].fits:
+        notes.append(_stage_note(stage, memories, needed[stage], workers))
     return Sizing(
         gpu=gpu,
         num_gpus=count,
@@ -183,9 +210,9 @@ def plan(
         replicas=replicas,
         token_budget=budget,
         replica_memory=memory,
-        worker_memory={name: training(name, workers) for name in STAGES},
-        workers_needed={name: enough(name) for name in STAGES},
-        stage="ddp" if stage is None else stage if isinstance(stage, str) else "a config",
+        worker_memory=memories,
+        workers_needed=needed,
+        stage=stage,
         num_workers=workers,
         notes=notes,
     )
@@ -224,13 +251,18 @@ def size_run(
     """
     config = load_config(config_path, overrides)
     parse_gpus(gpus)
+    if num_pairs is not None and num_pairs < 1:
+        raise ConfigError(f"--pairs must be a positive integer, got {num_pairs}")
     if lengths is not None:
         if num_pairs is None:
             raise ConfigError("--lengths says nothing of how many pairs there are; add --pairs")
         holdout = config.corpus.holdout_fraction
         found = of_means(num_pairs, *read_means(lengths), holdout_fraction=holdout)
+        if any(source.holdout is not None for source in config.corpus.sources):
+            found = replace(found, origin=f"{found.origin}; no source's own holdout is counted")
     elif run_dir is not None:
         found = of_run(Store(run_dir))
+        found = found.scaled_to(num_pairs) if num_pairs else found
     else:
         found = of_sources(config, num_pairs=num_pairs)
     assumed = Assumptions(scoring_mfu, training_mfu, price_per_gpu_hour=price)
@@ -250,6 +282,33 @@ def _kept(config: Config, lengths: Lengths) -> tuple[int, bool]:
     return train, False
 
 
+def _replica_notes(config: Config, count: int, fit: int, used: int) -> list[str]:
+    """What to say where ray.replicas and the GPUs do not match."""
+    least, most = config.ray.replica_bounds()
+    if least > fit:
+        return [f"ray.replicas asks for {least}, {fit} fit(s) on {count} GPUs"]
+    if used < count and fit > most:
+        of = "" if least == most else ".max"
+        return [
+            f"ray.replicas{of} is {most}: {count - used} of {count} GPUs idle in scoring; set"
+            f" ray.replicas{of}: {fit}"
+        ]
+    return []
+
+
+def _stage_note(stage: str, memories: dict[str, Memory], needed: int | None, workers: int) -> str:
+    """That train.deepspeed does not fit, and what would."""
+    memory = memories[stage]
+    fitting = [name for name, other in memories.items() if other.fits and name != "ddp"]
+    ways = [f"train.num_workers: {needed} with as many GPUs"] if needed else []
+    ways += [f"train.deepspeed: {fitting[0]}"] if fitting else []
+    ways += ["train.gradient_checkpointing: true or a smaller micro-batch"] if not ways else []
+    return (
+        f"{stage} does not fit: {memory.total:.1f} GiB on each of {workers} GPU(s), which have"
+        f" {memory.capacity:g}; {' or '.join(ways)}"
+    )
+
+
 def _flops(config: Config, shape: ModelShape, lengths: Lengths, kept: int) -> dict[str, float]:
     """Useful operations by stage; kept and held-out pairs are as long as all others."""
     scoring = shape.flops(lengths.computed_tokens, lengths.head_rows, lengths.context)
@@ -259,8 +318,14 @@ def _flops(config: Config, shape: ModelShape, lengths: Lengths, kept: int) -> di
         pair *= lengths.padded_tokens / lengths.useful_tokens
     trained = kept * config.train.num_train_epochs
     if config.train.max_steps > 0:
-        batch = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
-        trained = config.train.max_steps * batch * config.train.num_workers
+        batch = float(config.train.per_device_train_batch_size)
+        if config.train.token_budget:
+            # Without sharing between pairs, as the budget counts them.
+            padded = config.train.packed == "off"
+            tokens = lengths.padded_tokens if padded else lengths.useful_tokens
+            batch = max(1.0, config.train.token_budget * lengths.num_pairs / tokens)
+        batch *= config.train.gradient_accumulation_steps * config.train.num_workers
+        trained = config.train.max_steps * batch
     # Backward costs two forwards, checkpointing a third one more; no reference pass at all.
     passes = 4 if config.train.gradient_checkpointing else 3
     held = min(lengths.holdout_pairs, config.evaluate.max_pairs or lengths.holdout_pairs)

@@ -42,6 +42,15 @@ STAGE_COMMANDS = {
     "policy": "train",
     "evaluation": "evaluate",
 }
+# The commands of folders that are no stages of `refscale run`, by the first part of their name.
+_OTHER_COMMANDS = {
+    "quarantine": "prepare",
+    "compare": "compare",
+    "completions": "compare",
+    "reference_completions": "compare",
+    "mtbench": "mtbench",
+    "data": "export",
+}
 
 
 @dataclass(frozen=True)
@@ -204,7 +213,7 @@ class StageFolder:
             if strangers:
                 raise StorageError(
                     f"{self.stage}/ in {self.store.uri} holds files that no stage of refscale"
-                    f" wrote, such as {strangers[0]}; choose another --run-dir"
+                    f" wrote, such as {strangers[0]}; choose another {self._place}"
                 )
         if self._is_done():
             return True
@@ -249,17 +258,34 @@ class StageFolder:
         if stored.get("format_version") != FORMAT_VERSION:
             raise FingerprintError(
                 f"{self.stage}/ has format version {stored.get('format_version')}, this refscale"
-                f" writes {FORMAT_VERSION}; use another --run-dir or --restart"
+                f" writes {FORMAT_VERSION}; {self._way_out()}"
             )
         name, old, new = first_difference(
             stored["fingerprint"], json.loads(json.dumps(fingerprint))
         )
         if name:
-            command = STAGE_COMMANDS.get(self.stage, self.stage)
             raise FingerprintError(
                 f"{self.stage}/ in {self.store.uri} was made with {name} = {old}, now it is {new};"
-                f" use another --run-dir, or redo it with `refscale {command} --restart`"
+                f" {self._way_out()}"
             )
+
+    @property
+    def _command(self) -> str | None:
+        """The command that writes the folder, if it is one of refscale's."""
+        first = self.stage.partition("/")[0]
+        return STAGE_COMMANDS.get(first) or _OTHER_COMMANDS.get(first)
+
+    @property
+    def _place(self) -> str:
+        """The option that names the store."""
+        return "--out" if self._command == "export" else "--run-dir"
+
+    def _way_out(self) -> str:
+        if self._command == "export":  # which has no --restart
+            return f"use another {self._place}, or delete {self.store.uri}"
+        if self._command is None:
+            return f"use another {self._place}, or delete {self.stage}/"
+        return f"use another {self._place}, or redo it with `refscale {self._command} --restart`"
 
     def finished_shards(self) -> dict[str, FileRecord]:
         """Records of the shards that are done and undamaged, by shard name."""
@@ -339,11 +365,11 @@ class StageFolder:
         """
         manifest = self.manifest()
         if manifest is None:
-            command = STAGE_COMMANDS.get(self.stage, self.stage)
-            raise StorageError(
-                f"{self.stage}/ in {self.store.uri} is not finished; run `refscale {command}` or"
-                " `refscale run` first"
-            )
+            ways = [f"`refscale {self._command}`"] if self._command else []
+            if self.stage in STAGE_COMMANDS:
+                ways.append("`refscale run`")
+            advice = f"; run {' or '.join(ways)} first" if ways else ""
+            raise StorageError(f"{self.stage}/ in {self.store.uri} is not finished{advice}")
         return manifest
 
     def damaged(self, manifest: Mapping[str, Any]) -> list[str]:

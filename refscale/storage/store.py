@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from refscale.errors import ConfigError, StorageError
+from refscale.storage.filesystems import open_filesystem
 
 # Pauses in seconds before an operation is tried again that a remote store failed for a passing
 # reason. Arrow's S3 client by itself retries for 6 s only.
@@ -80,16 +81,7 @@ class Store:
     def _filesystem(self) -> tuple[pafs.FileSystem, str]:
         if self.is_local:
             return pafs.LocalFileSystem(), self.uri
-        try:
-            filesystem, root = pafs.FileSystem.from_uri(self.uri)
-        except (pa.ArrowInvalid, OSError, NotImplementedError) as refusal:
-            try:
-                import fsspec
-
-                handler, root = fsspec.core.url_to_fs(self.uri)
-            except (ImportError, ValueError, OSError) as exc:
-                raise StorageError(f"cannot open {self.uri}: {refusal}; {exc}") from exc
-            filesystem = pafs.PyFileSystem(pafs.FSSpecHandler(handler))
+        filesystem, root = open_filesystem(self.uri)
         return filesystem, root.rstrip("/")
 
     @cached_property
@@ -116,6 +108,10 @@ class Store:
                 f"{relative!r} leaves the run folder {self.uri}; it must be relative"
             )
         return f"{self._filesystem[1]}/{relative}" if relative else self._filesystem[1]
+
+    def filesystem(self, relative: str) -> tuple[pafs.FileSystem, str]:
+        """The filesystem and `relative` as a path of it, for a library that writes there itself."""
+        return self._filesystem[0], self.path(relative)
 
     def uri_of(self, relative: str) -> str:
         """`relative` as a path or URI that another process can open."""

@@ -1,8 +1,10 @@
 """The command line's answers that need neither Ray nor torch."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -62,13 +64,39 @@ def test_status_of_a_folder_that_is_no_run_is_exit_code_2(tmp_path, capsys):
     assert "not a run folder" in capsys.readouterr().err
 
 
-def test_validate_prints_every_refusal_with_file_and_row(config, capsys):
+def test_plan_prints_its_table_to_stdout(config, capsys):
+    assert main(["plan", str(config), "--gpus", "2xL4", "--price", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "GPUs" in out and "2 x L4" in out and "cost" in out
+
+
+def test_plan_names_the_gpus_it_knows(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["plan", "--help"]) == 0
+    assert "H100, H200, A100-80, L40S, L4" in capsys.readouterr().out
+
+
+def test_plan_refuses_a_number_of_pairs_that_is_not_positive(config, capsys):
+    arguments = ["plan", str(config), "--lengths", "400,300,300", "--pairs", "-5"]
+    assert main(arguments) == 2
+    assert "--pairs must be a positive integer, got -5" in capsys.readouterr().err
+
+
+def test_validate_prints_every_refusal_with_file_row_and_line(config, capsys):
     with (config.parent / "pairs.jsonl").open("ab") as file:
         file.write(b'{"prompt": "p", "chosen": "a", "rejected": "a"}\nnot json\n')
     assert main(["validate", str(config), "--set", "corpus.max_bad_fraction=1"]) == 0
     out = capsys.readouterr().out
-    assert "pairs.jsonl:10: identical_pair" in out
-    assert "pairs.jsonl:11: bad_json" in out
+    assert "pairs.jsonl, row 10 (line 11): identical_pair" in out
+    assert "pairs.jsonl, row 11 (line 12): bad_json" in out
+
+
+def test_validate_names_no_line_where_a_file_has_none(config, capsys):
+    rows = [*string_pairs(10), {"prompt": "p", "chosen": "a", "rejected": "a"}]
+    (config.parent / "pairs.json").write_text(json.dumps(rows))
+    override = ["--set", "corpus.sources=[{path: pairs.json}]"]
+    assert main(["validate", str(config), *override, "--set", "corpus.max_bad_fraction=1"]) == 0
+    assert "pairs.json, row 10: identical_pair" in capsys.readouterr().out
 
 
 def test_validate_ends_with_exit_code_3_when_too_much_is_refused(config, capsys):
@@ -76,6 +104,18 @@ def test_validate_ends_with_exit_code_3_when_too_much_is_refused(config, capsys)
         file.write(b"not json\n")
     assert main(["validate", str(config)]) == 3
     assert "bad_json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("./nomodel", "model.model_name_or_path: folder {folder}/nomodel does not exist"),
+        ("path/to/ckpt", "there is no folder path/to/ckpt beside the config, so it was taken for"),
+    ],
+)
+def test_a_missing_model_folder_is_not_a_riddle_of_the_hub(config, capsys, name, said):
+    assert main(["validate", str(config), "--set", f"model.model_name_or_path={name}"]) == 1
+    assert said.format(folder=config.parent) in capsys.readouterr().err
 
 
 def test_validate_starts_no_ray(config):
@@ -88,3 +128,18 @@ def test_validate_starts_no_ray(config):
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
     )
     assert result.stdout.strip().splitlines()[-1] == "0 False"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], []])
+def test_bench_lists_the_benchmarks_with_what_each_answers(capsys, arguments):
+    assert main(["bench", *arguments]) == 0
+    listed = capsys.readouterr().out
+    scripts = (Path(__file__).resolve().parents[2] / "benchmarks").glob("bench_*.py")
+    for name in (path.stem.removeprefix("bench_") for path in scripts):
+        assert re.search(rf"^  {name} +\w.*[.?]$", listed, re.MULTILINE)
+    assert re.search(r"^  compare +Does the selection help\?", listed, re.MULTILINE)
+
+
+def test_a_benchmark_that_is_none_is_exit_code_2_and_names_the_others(capsys):
+    assert main(["bench", "speed"]) == 2
+    assert "no benchmark 'speed'; known: audit, cluster, compare" in capsys.readouterr().err

@@ -1,16 +1,25 @@
 """The grid, the per-pair outcomes, the statistics and the page of a comparison; no training."""
 
+import re
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from refscale import schema
+from refscale import pipeline, schema
+from refscale.cluster import runtime
 from refscale.config import parse_config
 from refscale.errors import ConfigError, EvaluationError
+from refscale.experiments import comparison as comparison_module
 from refscale.experiments.arms import FULL, Arm, arm_config, grid, parse_arm
-from refscale.experiments.comparison import MEASURES, _matrices, compare, outcomes
+from refscale.experiments.comparison import MEASURES, _details, _matrices, compare, outcomes
 from refscale.experiments.statistics import summarise
 from refscale.report.comparison_page import lines, render_html, verdicts
+from refscale.run import Run
+from refscale.storage.store import Store
 
 CONFIG = {
     "model": {"model_name_or_path": "m"},
@@ -75,6 +84,26 @@ def test_nothing_may_be_given_twice_and_a_seed_is_needed(tmp_path):
         compare(config, str(tmp_path), ["full"], seeds=[1, 1])
     with pytest.raises(ConfigError, match="at least one seed"):
         compare(config, str(tmp_path), ["full"], seeds=[])
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_restart_deletes_arms_and_the_references_completions_alone(tmp_path, monkeypatch, restart):
+    def far_enough(*_arguments):
+        raise EvaluationError("far enough")
+
+    monkeypatch.setattr(pipeline, "prepare", lambda run: {"files": [{"counts": {"holdout": 1}}]})
+    monkeypatch.setattr(pipeline, "score", lambda run: {"seconds": 1.0})
+    monkeypatch.setattr(runtime, "disconnect", lambda: None)
+    monkeypatch.setattr(Run, "cluster", None)
+    monkeypatch.setattr(comparison_module, "_side_by_side", far_enough)
+    store = Store(tmp_path)
+    folders = ["arms", "reference_completions", "scores", "judgements"]
+    for folder in folders:
+        store.write_bytes(f"{folder}/kept", b"x")
+    with pytest.raises(EvaluationError, match="far enough"):
+        compare(parse_config(CONFIG), str(tmp_path), ["full"], parallel=1, restart=restart)
+    left = [folder for folder in folders if store.exists(f"{folder}/kept")]
+    assert left == (["scores", "judgements"] if restart else folders)
 
 
 # -- outcomes --------------------------------------------------------------------------------------
@@ -250,6 +279,35 @@ def test_completions_and_win_rate_are_shown_where_they_were_measured():
     assert "full: completions of 41 tokens, win rate against the reference model 0.625" in lines(
         values
     )
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_what_a_resumed_training_cost_is_unknown(resumed):
+    run = SimpleNamespace(config=parse_config(CONFIG), gpus=lambda asked: 2.0)
+    kept = {"mean_length_difference": -1.0}
+    selected = {"counts": {"pairs": 4, "kept": 2}, "details": {"kept": kept, "all": kept}}
+    training = {"resumed": resumed, "train_runtime_s": 6.0, "steps": 5, "train_loss": 0.5}
+    trained = {"seconds": 10.0, "details": training}
+    details = _details(run, selected, trained, {"seconds": 3.0, "details": {}})
+    costs = tuple(details[name] for name in ("train_s", "train_gpu_s", "steps_s"))
+    assert costs == ((None, None, None) if resumed else (10.0, 20.0, 6.0))
+    assert (details["steps"], details["train_loss"], details["evaluate_s"]) == (5, 0.5, 3.0)
+
+
+def test_an_unknown_cost_is_a_dash_in_page_terminal_and_benchmark():
+    values = comparison()
+    values["runs"]["full"][1].update(train_s=None, train_gpu_s=None)
+    page, shown = render_html(values), lines(values)
+    assert "nan" not in page and "nan" not in " ".join(shown)
+    (row,) = re.findall(r"<tr><td>full</td><td class=\"n\">100</td>.*</tr>", page)
+    assert re.findall(r">\s*–</td>", row) and "10.0" not in row
+    full, random = (next(line for line in shown if line.startswith(arm)) for arm in ("full", "ran"))
+    assert full.endswith(" –") and random.endswith(" 10") and len(full) == len(random)
+    script = Path(__file__).resolve().parents[2] / "benchmarks/bench_compare.py"
+    arm_row = runpy.run_path(str(script))["_arm_row"]
+    row = arm_row("corpus", "full", values)
+    assert row["train"] is row["train_gpu"] is None
+    assert arm_row("corpus", "random:0.5", values)["train"] == 10.0
 
 
 def test_the_terminal_has_a_line_an_arm():

@@ -42,7 +42,10 @@ def test_default_selection_is_the_largest_half_by_mean_margin(write):
         ("select.fraction=10", "select.fraction: input should be less than or equal to 1, got 10"),
         ("select.keep=band", "keep: band and band: [low, high] go together"),
         ("ray.replicas={min: 3, max: 1}", "min 3 is larger than max 1"),
-        ("train.deepspeed=zero4", "'zero4'"),
+        ("train.deepspeed=zero4", "train.deepspeed: got 'zero4'; did you mean zero3? It must be"),
+        ("train.deepspeed=false", "train.deepspeed: got False; it must be one of zero1, zero2"),
+        ("ray.replicas=many", "ray.replicas: input should be a valid integer"),
+        ("ray.replicas={min: 1, mx: 2}", "unknown key ray.replicas.mx; did you mean max?"),
         ("nonsense", "--set needs section.key=value"),
         ("corpus.sources.0.columns={chosn: x}", "columns maps chosn"),
     ],
@@ -52,6 +55,45 @@ def test_wrong_override_is_one_line_with_value_and_rule(write, override, said):
         load_config(write(MINIMAL), [override])
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.deepspeed=zero4",
+        "train.deepspeed=3",
+        "ray.replicas={min: 4, max: 2}",
+        "ray.replicas=many",
+        "ray.replicas=0",
+        "ray.replicas={min: x}",
+    ],
+)
+def test_a_value_of_several_kinds_is_explained_once(write, override):
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(MINIMAL), [override])
+    said = str(caught.value)
+    key = override.partition("=")[0]
+    assert said.count(f"{key}") == 1 and "Replicas" not in said, said
+
+
+def test_an_empty_section_is_one_of_defaults(write):
+    text = yaml.safe_dump(MINIMAL) + "select:\nray:\n"
+    config = load_config(write(text))
+    assert config.select.fraction == 0.5 and config.ray.replicas == 1
+    assert load_config(write(text), ["select.count=3"]).select.count == 3
+    with pytest.raises(ConfigError, match="model is required"):
+        load_config(write("model:\ncorpus: {sources: [{path: a}]}"))
+    with pytest.raises(ConfigError, match="unknown key selct; did you mean select"):
+        load_config(write(yaml.safe_dump(MINIMAL) + "selct:\n"))
+
+
+def test_an_overriding_size_replaces_the_files(write):
+    path = write({**MINIMAL, "select": {"fraction": 0.3}})
+    select = load_config(path, ["select.keep=band", "select.band=[0.2,0.5]"]).select
+    assert (select.band, select.fraction) == ((0.2, 0.5), None)
+    path = write({**MINIMAL, "select": {"keep": "band", "band": [0.2, 0.5]}})
+    select = load_config(path, ["select.keep=largest", "select.count=7"]).select
+    assert (select.band, select.count) == (None, 7)
 
 
 @pytest.mark.parametrize("text", ["a: [", "- 1", "", "model: {}"])

@@ -12,11 +12,14 @@ from pathlib import Path
 import pytest
 from judge_server import JudgeServer, Reply
 
-from refscale.errors import ConfigError, EvaluationError
+from refscale.cli import main
+from refscale.errors import ConfigError, EvaluationError, RefscaleError
+from refscale.evaluation import mtbench, win_rate
 from refscale.evaluation.judge import (
     Judge,
     JudgeConfig,
     judge_config,
+    parse_extra,
     parse_preference,
     parse_rating,
 )
@@ -64,6 +67,63 @@ def test_equal_requests_are_asked_once_and_other_sampling_is_another_request(tmp
         assert len(server.requests) == 1
         Judge(server.config(temperature=0.5), Store(tmp_path)).ask([conversation("x")])
         assert len(server.requests) == 2
+
+
+def test_null_in_extra_takes_a_field_out_of_the_request(tmp_path):
+    def reasoning(number, request):
+        unknown = {"max_tokens", "temperature"} & request.keys()
+        return Reply(status=400, body=b"use max_completion_tokens") if unknown else "[[7]]"
+
+    extra = parse_extra('{"max_tokens": null, "temperature": null, "max_completion_tokens": 99}')
+    with JudgeServer(reasoning) as server:
+        (refused,) = Judge(server.config(), Store(tmp_path)).ask([conversation("x")])
+        assert "use max_completion_tokens" in refused.error
+        (reply,) = Judge(server.config(extra=extra), Store(tmp_path)).ask([conversation("x")])
+        assert reply.text == "[[7]]"
+        assert server.requests[-1].keys() == {"model", "messages", "max_completion_tokens"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "Expecting value"),
+        ("max_tokens=null", "Expecting value"),
+        ("[1]", "got list"),
+        ('{"seed": NaN}', "NaN is not JSON"),
+    ],
+)
+@pytest.mark.parametrize("command", ["mtbench", "compare"])
+def test_extra_fields_on_the_command_line_are_a_json_object(tmp_path, capsys, command, text, said):
+    path = tmp_path / "config.yaml"
+    path.write_text("model: {model_name_or_path: m}\ncorpus: {sources: [{path: pairs.jsonl}]}\n")
+    judge = ["--judge-url", "http://127.0.0.1:9/v1", "--judge-model", "m"]
+    arguments = [command, str(path), "--run-dir", str(tmp_path / "run"), *judge]
+    assert main([*arguments, "--judge-extra", text]) == 2
+    err = capsys.readouterr().err
+    assert "--judge-extra must be a JSON object" in err and said in err
+    assert not (tmp_path / "run").exists()
+    assert main([*arguments, "--judge-extra", '{"messages": null}']) == 2
+    assert "may not hold messages" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["mtbench", "compare"])
+def test_extra_fields_reach_the_judge(tmp_path, monkeypatch, command):
+    class Stop(RefscaleError):
+        """Far enough."""
+
+    given = []
+
+    def take(*arguments, **_options):
+        given.extend(argument for argument in arguments if isinstance(argument, JudgeConfig))
+        raise Stop("far enough")
+
+    monkeypatch.setattr(mtbench, "run_mtbench", take)
+    monkeypatch.setattr(win_rate, "win_rate", take)
+    path = tmp_path / "config.yaml"
+    path.write_text("model: {model_name_or_path: m}\ncorpus: {sources: [{path: pairs.jsonl}]}\n")
+    judge = ["--judge-url", "http://h/v1", "--judge-model", "m", "--judge-extra", '{"seed": 3}']
+    assert main([command, str(path), "--run-dir", str(tmp_path / "run"), *judge]) == 1
+    assert [config.extra for config in given] == [{"seed": 3}]
 
 
 def test_no_more_requests_are_in_flight_than_asked_for(tmp_path):
@@ -273,6 +333,13 @@ def test_a_killed_run_pays_for_nothing_twice(tmp_path):
         ("[[ 9 ]]", 9),
         ("[[9/10]]", 9),
         ("Rating: [6]", 6),
+        ("The **rating** is **[6]**, for the loop in arr[1] is right.", 6),
+        ("My rating is [6], for the loop over arr[1] is right.", 6),
+        ("All is well. [8].", 8),
+        ("The code reads arr[1] and so", None),
+        ("The code reads arr[1]", None),
+        ("As [1] says, it is good.", None),
+        ("Rating: [6]. Or rather [7]", None),
         ("[1] is cited, but the rating is [[4]]", 4),
         ("[[5]] ... so again [[5]]", 5),
         ("[[3]] or rather [[9]]", None),

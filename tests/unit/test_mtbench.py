@@ -9,12 +9,17 @@ import pytest
 from judge_server import JudgeServer, Reply
 from support import write_jsonl
 
-from refscale.errors import ConfigError, EvaluationError, ModelError
+from refscale.cluster import runtime
+from refscale.config import parse_config
+from refscale.errors import ConfigError, EvaluationError, FingerprintError, ModelError
+from refscale.evaluation import mtbench
 from refscale.evaluation.generation import CompletionStep, Generator, GeneratorSettings
 from refscale.evaluation.grading import compare, grade
 from refscale.evaluation.judge import Judge
 from refscale.evaluation.mtbench import TEMPERATURES, Answerer, answer_items, lengths
 from refscale.evaluation.questions import Answer, Question, load_judge_prompts, load_questions
+from refscale.run import Run
+from refscale.storage.stages import StageFolder
 from refscale.storage.store import Store
 
 CATEGORIES = "writing roleplay reasoning math coding extraction stem humanities".split()
@@ -167,6 +172,23 @@ def test_nonsense_and_failures_are_counted_and_shown_and_leave_the_mean_alone(tm
     json.dumps(grading.scores, allow_nan=False)
 
 
+def test_a_grading_of_failures_alone_is_an_error_with_the_last_ones_words(tmp_path):
+    def script(number, request):
+        return Reply(status=400, body=b"use max_completion_tokens") if broken else "[[5]] [[A]]"
+
+    questions, broken = small_set(), True
+    answers = [answer(question, "x", "y") for question in questions]
+    said = "none of {} judgements came back from scripted.*HTTP 400: use max_completion_tokens"
+    with JudgeServer(script) as server:
+        asking = judge(server, tmp_path)
+        with pytest.raises(EvaluationError, match=said.format(8)):
+            grade(asking, questions, answers, load_judge_prompts())
+        with pytest.raises(EvaluationError, match=said.format(16)):
+            compare(asking, questions, answers, answers, load_judge_prompts())
+        broken = False
+        assert grade(asking, questions, answers, load_judge_prompts()).scores["overall"]["n"] == 8
+
+
 def test_a_judge_that_always_prefers_the_first_is_inconsistent_and_decides_nothing(tmp_path):
     questions = small_set()
     ours = [answer(question, "ours", "ours") for question in questions]
@@ -207,6 +229,66 @@ def test_a_question_without_an_answer_is_an_error(tmp_path):
             questions = small_set()
             given = [answer(question, "x", "y") for question in questions[:3]]
             grade(judge(server, tmp_path), questions, given, load_judge_prompts())
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+class FakeCluster:
+    gpus = 0
+
+
+@pytest.fixture
+def finished_run(tmp_path, monkeypatch):
+    """A run with a policy, on which answers are made up; their folders are the real ones."""
+    store = Store(tmp_path / "run")
+    store.write_bytes("policy/STAGE.json", b"{}")
+    policy = StageFolder(store, "policy")
+    policy.finish({}, [], counts={}, seconds=1.0)
+
+    def answers(_settings, questions, folder, **_options):
+        folder.begin({"questions": len(questions)})
+        return [answer(question, "x", "y") for question in questions]
+
+    monkeypatch.setattr(mtbench, "answer", answers)
+    monkeypatch.setattr(Run, "cluster", FakeCluster)
+    monkeypatch.setattr(runtime, "disconnect", lambda: None)
+    config = parse_config(
+        {"model": {"model_name_or_path": "m"}, "corpus": {"sources": [{"path": "a.jsonl"}]}}
+    )
+    return config, store
+
+
+def test_what_was_graded_is_written_when_the_judge_is_gone_for_the_rest(finished_run):
+    config, store = finished_run
+
+    def script(number, request):
+        compares = "[[A]]" in request["messages"][0]["content"]
+        return Reply(status=400, body=b"gone") if compares else "[[5]]"
+
+    with JudgeServer(script) as server:
+        with pytest.raises(EvaluationError, match=r"came back .* HTTP 400: gone"):
+            mtbench.run_mtbench(config, store.uri, server.config())
+    for name in ("reference", "policy"):
+        rows = store.read_bytes(f"mtbench/{name}-single.jsonl").decode().splitlines()
+        assert [json.loads(row)["score"] for row in rows] == [5.0] * 32
+    assert not store.exists("mtbench/result.json")
+
+
+def test_restart_answers_anew_and_pays_for_no_judgement_twice(finished_run, tmp_path):
+    config, store = finished_run
+    path = tmp_path / "q.jsonl"
+    one = write_jsonl(path, [{"question_id": 1, "category": "writing", "turns": ["a", "b"]}])
+    with JudgeServer(lambda number, request: "[[5]] [[A]]") as server:
+        mtbench.run_mtbench(config, store.uri, server.config())
+        with pytest.raises(FingerprintError, match="`refscale mtbench --restart`"):
+            mtbench.run_mtbench(config, store.uri, server.config(), questions=str(one))
+        before = len(server.requests)
+        mtbench.run_mtbench(config, store.uri, server.config(), restart=True)
+        assert len(server.requests) == before
+        mtbench.run_mtbench(config, store.uri, server.config(), questions=str(one), restart=True)
+    assert len(store.read_bytes("mtbench/policy-single.jsonl").splitlines()) == 2
+    assert store.exists("policy/MANIFEST.json")
 
 
 # -- answers ---------------------------------------------------------------------------------------

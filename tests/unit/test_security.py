@@ -10,10 +10,12 @@ import pytest
 import yaml
 
 from refscale import secrets
+from refscale.cli import main
 from refscale.cluster import submission
 from refscale.config import parse_config
 from refscale.config_file import load_config
 from refscale.errors import ConfigError, ModelError, StorageError
+from refscale.run import Run, claim
 from refscale.storage.stages import StageFolder
 from refscale.storage.store import Store
 
@@ -139,12 +141,81 @@ def test_uris_with_credentials_are_not_submitted():
         secrets.refuse_secrets(config, "s3://bucket/run")
 
 
-def test_names_that_only_look_like_secrets_pass():
+@pytest.mark.parametrize(
+    "query",
+    [
+        f"sv=2024-11-04&sig={CANARY}",
+        f"SIG={CANARY}",
+        f"X-Amz-Credential={CANARY}&region=eu",
+        f"X-Amz-Signature={CANARY}",
+        f"X-Amz-Security-Token={CANARY}",
+        f"token={CANARY}",
+        f"secret_key={CANARY}",
+        f"client_secret={CANARY}",
+        f"AWSAccessKeyId={CANARY}",
+        f"%73ig={CANARY}",
+    ],
+)
+def test_uris_signed_in_their_query_are_refused_and_the_signature_not_shown(query):
+    uri = f"abfs://account.blob.core.windows.net/container/run?{query}"
+    with pytest.raises(ConfigError, match="--run-dir is a URI with credentials") as caught:
+        secrets.refuse_secrets(make_config(), uri)
+    assert CANARY not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"corpus\.sources\.0\.path is a URI with") as caught:
+        secrets.refuse_secrets(make_config(corpus={"sources": [{"path": uri}]}), "run")
+    assert CANARY not in str(caught.value)
+
+
+def test_a_container_is_no_user_but_its_password_is_one():
+    at = "account.dfs.core.windows.net/run"
+    for scheme in ("abfs", "abfss", "ABFSS"):
+        secrets.refuse_secrets(make_config(), f"{scheme}://container@{at}")
+        with pytest.raises(ConfigError, match="a password") as caught:
+            secrets.refuse_secrets(make_config(), f"{scheme}://container:{CANARY}@{at}")
+        assert CANARY not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://bucket/run",
+        "s3://bucket/run?endpoint_override=minio:9000&scheme=http&region=us-east-1",
+        "abfs://container@account.dfs.core.windows.net/run?credential_kind=environment&sv=1",
+    ],
+)
+def test_names_that_only_look_like_secrets_pass(uri):
     config = make_config(
         train={"trl": {"include_num_input_tokens_seen": "all", "hub_token": None}},
         score={"token_budget": 4096},
     )
-    secrets.refuse_secrets(config, "s3://bucket/run")
+    secrets.refuse_secrets(config, uri)
+
+
+def test_a_run_folder_is_not_claimed_with_a_secret(tmp_path):
+    config = make_config(train={"trl": {"hub_token": CANARY}})
+    with pytest.raises(ConfigError, match="holds a secret"):
+        claim(Run(Store(tmp_path / "run"), config))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("command", ["compare", "mtbench"])
+def test_the_commands_around_a_run_write_and_show_no_secret(tmp_path, capsys, command):
+    values = {
+        "model": {"model_name_or_path": "org/model"},
+        "corpus": {"sources": [{"path": "pairs.jsonl"}]},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    judge = ["--judge-url", "http://127.0.0.1:9/v1", "--judge-model", "m"]
+    arguments = [command, str(path), *judge, "--run-dir"]
+    run = tmp_path / "run"
+    secret = ["--set", f"train.trl.hub_token={CANARY}"]
+    assert main([*arguments, str(run), *secret]) == 2
+    assert "train.trl.hub_token holds a secret" in capsys.readouterr().err
+    assert not run.exists()
+    assert main([*arguments, f"abfs://account.blob.core.windows.net/c/run?sig={CANARY}"]) == 2
+    said = capsys.readouterr().err
+    assert "the query's sig" in said and CANARY not in said
 
 
 def test_what_is_staged_is_the_config_and_the_package_and_no_environment(tmp_path, monkeypatch):

@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pyarrow as pa
 import pytest
+import yaml
 from support import string_pairs, write_jsonl
 
 from refscale.config import parse_config
 from refscale.errors import ConfigError, ModelError
 from refscale.sizing.footprint import Assumptions, model_shape, parse_gpus
 from refscale.sizing.lengths import of_means, of_pairs, of_run, of_sources, read_means
-from refscale.sizing.plan import plan
+from refscale.sizing.plan import plan, size_run
 from refscale.storage.stages import StageFolder
 from refscale.storage.store import Store
 
@@ -64,7 +65,10 @@ def test_gpu_hours_of_a_million_pairs_on_llama_8b(llama):
     lengths = of_means(1_000_000, 400, 400, 400)
     assumed = Assumptions(scoring_mfu=0.6, training_mfu=0.5, price_per_gpu_hour=2.0)
     sizing = plan(
-        make_config(llama, select={"fraction": 0.1}), lengths, gpus="8xH100", assumptions=assumed
+        make_config(llama, select={"fraction": 0.1}, ray={"replicas": 8}),
+        lengths,
+        gpus="8xH100",
+        assumptions=assumed,
     )
     # Prompt once, and all but the last token of both completions.
     tokens = 1e6 * (400 + 399 + 399)
@@ -78,7 +82,15 @@ def test_gpu_hours_of_a_million_pairs_on_llama_8b(llama):
     assert sizing.hours["scoring"] == pytest.approx(sizing.gpu_hours["scoring"] / 8)
     # A tenth of the pairs, forward and backward, no reference pass.
     assert sizing.flops["training"] == pytest.approx(0.1 * 3 * flops)
-    assert sizing.cost == pytest.approx(2 * sum(sizing.gpu_hours.values()))
+    # Training is on one GPU (train.num_workers), and the other seven are paid for meanwhile.
+    assert sizing.hours["training"] == sizing.gpu_hours["training"]
+    reserved = sizing.gpu_hours["scoring"] + 8 * sizing.gpu_hours["training"]
+    assert sizing.reserved_gpu_hours == pytest.approx(reserved)
+    assert sizing.cost == pytest.approx(2 * reserved)
+    lines = dict(sizing.lines())
+    # 8.36 / 8 + 3.01 hours; 8.36 + 8 * 3.01 and 8.36 + 3.01 GPU hours.
+    assert lines["in all"] == "4.05 h, 32.4 GPU hours reserved, 11.4 used"
+    assert lines["cost"] == "64.86 at 2 a reserved GPU hour"
 
 
 def test_memory_of_each_zero_stage_of_llama_8b_on_8_workers(llama):
@@ -103,7 +115,8 @@ def test_memory_of_each_zero_stage_of_llama_8b_on_8_workers(llama):
 
 
 def test_a_replica_holds_weights_activations_at_the_budget_and_a_tile_of_logits(llama):
-    sizing = plan(make_config(llama), of_means(10, 4, 4, 4), gpus="4xH100")
+    config = make_config(llama, ray={"replicas": {"min": 1, "max": 8}})
+    sizing = plan(config, of_means(10, 4, 4, 4), gpus="4xH100")
     parts = sizing.replica_memory.parts
     assert parts["weights"] == pytest.approx(2 * PARAMETERS / GIB)
     assert sizing.token_budget == 65536
@@ -115,12 +128,100 @@ def test_a_replica_holds_weights_activations_at_the_budget_and_a_tile_of_logits(
 def test_a_model_too_large_for_one_gpu_takes_several_and_waits_for_itself(llama):
     one = plan(make_config(llama), of_means(10, 4, 4, 4), gpus="4xA100-80")
     lengths = of_means(10, 4, 4, 4)
-    two = plan(make_config(llama, ray={"gpus_per_replica": 2}), lengths, gpus="4xA100-80")
+    config = make_config(llama, ray={"gpus_per_replica": 2, "replicas": 2})
+    two = plan(config, lengths, gpus="4xA100-80")
     assert two.replicas == 2
     assert two.gpu_hours["scoring"] == pytest.approx(2 * one.gpu_hours["scoring"])
     assert any("in turn" in note for note in two.notes)
     with pytest.raises(ConfigError, match=r"GiB on each of 1 L4, which have 22\.5"):
         plan(make_config(llama, score={"token_budget": 65536}), lengths, gpus="1xL4")
+
+
+@pytest.mark.parametrize(
+    ("ray", "replicas", "used", "note"),
+    [
+        ({}, 1, 1, "ray.replicas is 1: 7 of 8 GPUs idle in scoring; set ray.replicas: 8"),
+        (
+            {"replicas": {"min": 1, "max": 6}},
+            6,
+            6,
+            "ray.replicas.max is 6: 2 of 8 GPUs idle in scoring; set ray.replicas.max: 8",
+        ),
+        ({"replicas": 8}, 8, 8, None),
+        ({"replicas": 9}, 8, 8, "ray.replicas asks for 9, 8 fit(s) on 8 GPUs"),
+        ({"replicas": 16, "gpus_per_replica": 0.5}, 16, 8, None),
+        (
+            {"replicas": 3, "gpus_per_replica": 0.5},
+            3,
+            2,
+            "ray.replicas is 3: 6 of 8 GPUs idle in scoring; set ray.replicas: 16",
+        ),
+    ],
+)
+def test_replicas_are_those_that_the_run_starts(llama, ray, replicas, used, note):
+    config = make_config(llama, ray=ray, train={"num_workers": 8})
+    sizing = plan(config, of_means(10, 4, 4, 4), gpus="8xH200")
+    assert sizing.replicas == replicas
+    assert sizing.hours["scoring"] == pytest.approx(sizing.gpu_hours["scoring"] / used)
+    assert [n for n in sizing.notes if "ray.replicas" in n] == ([note] if note else [])
+
+
+def test_a_stage_that_does_not_fit_is_a_note_with_what_would(llama):
+    shape = model_shape(make_config(llama))
+    lengths = of_means(10, 40, 40, 40)
+
+    def notes(gpus, **train):
+        sizing = plan(make_config(llama, train=train), lengths, gpus=gpus, model=shape)
+        return [note for note in sizing.notes if "does not fit" in note]
+
+    # 16 bytes a parameter on one worker are 120 GiB, 2 + 14 / 2 on each of two are 67.
+    [note] = notes("1xH100")
+    assert (
+        note.startswith("zero2 does not fit: 1") and "on each of 1 GPU(s), which have 79.1" in note
+    )
+    assert note.endswith(
+        "; train.num_workers: 2 with as many GPUs or train.deepspeed: zero2_offload"
+    )
+    assert notes("2xH100", num_workers=2) == []
+    assert notes("1xH100", deepspeed="zero2_offload") == []
+    [note] = notes("1xL4", deepspeed="zero1", gradient_checkpointing=True)
+    assert note.startswith("zero1 does not fit") and "zero3_offload" in note
+    assert notes("1xL4", deepspeed={"train_batch_size": "auto"}) == []
+
+
+def test_idle_gpus_in_training_are_a_note(llama):
+    shape = model_shape(make_config(llama))
+    lengths = of_means(10, 4, 4, 4)
+    [note] = [
+        n
+        for n in plan(make_config(llama), lengths, gpus="8xH100", model=shape).notes
+        if "train.num_workers" in n and "idle" in n
+    ]
+    assert note.startswith("train.num_workers is 1: 7 of 8 GPUs idle in training")
+
+
+@pytest.mark.parametrize(
+    ("packed", "budget", "tokens"),
+    [
+        ("auto", 2048, 2048),
+        ("auto", 500, 1198),  # a pair longer than the budget goes alone
+        ("off", 4096, 4096),
+        ("off", 500, 2 * 1024),
+    ],
+)
+def test_a_token_budget_bounds_the_activations_of_training(llama, packed, budget, tokens):
+    train = {"num_workers": 8, "token_budget": budget, "packed": packed}
+    memory = plan(make_config(llama, train=train), of_means(9, 400, 400, 400), gpus="8xH100")
+    row = 2 * 32 * (8 * 4096 + 2 * 128 * (32 + 8) + 4 * 14336)
+    activations = memory.worker_memory["zero2"].parts["activations"]
+    assert activations == pytest.approx(tokens * row / GIB)
+
+
+def test_a_token_budget_says_how_many_pairs_max_steps_takes(llama):
+    train = {"token_budget": 12_000, "max_steps": 5, "gradient_accumulation_steps": 2}
+    sizing = plan(make_config(llama, train=train), of_means(900, 400, 400, 400))
+    # 10 pairs of 1200 tokens a micro-batch: 100 pairs, forward and backward.
+    assert sizing.flops["training"] == pytest.approx(3 * sizing.flops["scoring"] * 100 / 900)
 
 
 def test_lora_holds_gradients_and_optimizer_of_the_adapter_only(llama):
@@ -199,8 +300,56 @@ def test_malformed_arguments_say_what_is_right(tmp_path):
     assert read_means("400,300.5,1") == (400, 300.5, 1)
     with pytest.raises(ConfigError, match="PROMPT,CHOSEN,REJECTED"):
         read_means("400,300")
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match="cannot read the config"):
-        model_shape(make_config(tmp_path / "absent"))
+        model_shape(make_config(tmp_path / "empty"))
+
+
+def test_a_model_that_is_not_there_is_said_to_be_a_missing_folder_or_a_hub_id(tmp_path):
+    from refscale.scoring.reference import ReferenceModel
+
+    def load(name):
+        ReferenceModel.load(str(name), dtype="float32", device="cpu")
+
+    for look in (load, lambda name: model_shape(make_config(name))):
+        with pytest.raises(ModelError) as caught:
+            look(tmp_path / "absent")
+        said = f"model.model_name_or_path: folder {tmp_path / 'absent'} does not exist"
+        assert str(caught.value) == said
+        with pytest.raises(ModelError, match="no folder path/to/ckpt beside the config, so it was"):
+            look("path/to/ckpt")
+
+
+@pytest.mark.parametrize("pairs", [0, -5])
+def test_a_number_of_pairs_is_positive(tmp_path, llama, pairs):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(make_config(llama).model_dump()))
+    with pytest.raises(ConfigError, match=f"--pairs must be a positive integer, got {pairs}"):
+        size_run(str(path), lengths="400,300,300", num_pairs=pairs)
+
+
+def test_a_source_that_is_held_out_is_not_trained_on(tmp_path, tiny_model):
+    write_jsonl(tmp_path / "train.jsonl", string_pairs(40))
+    write_jsonl(tmp_path / "held.jsonl", string_pairs(24, seed=1))
+    write_jsonl(tmp_path / "kept.jsonl", string_pairs(16, seed=2))
+    sources = [
+        {"path": str(tmp_path / "train.jsonl")},
+        {"path": str(tmp_path / "held.jsonl"), "holdout": True},
+        {"path": str(tmp_path / "kept.jsonl"), "holdout": False},
+    ]
+    config = make_config(
+        tiny_model,
+        corpus={"sources": sources, "holdout_fraction": 0.1},
+        select={"fraction": 0.5},
+    )
+    # A sample that the first source would fill alone still sees the others.
+    lengths = of_sources(config, sample=30)
+    # All 24 of one source, a tenth of the 40 of another, none of the third.
+    assert (lengths.num_pairs, lengths.holdout_pairs) == (80, 28)
+    assert plan(config, lengths).pairs == {"scored": 80, "kept": 26, "holdout": 28}
+    more = of_sources(config, num_pairs=8000)
+    assert (more.num_pairs, more.holdout_pairs) == (8000, 2800)
+    assert more.origin.startswith("80 pairs of 3 of 3 units")
 
 
 def test_lengths_of_sources_are_those_of_the_pairs_that_prepare_makes(tmp_path, tiny_model):

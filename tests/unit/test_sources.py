@@ -206,6 +206,12 @@ def test_object_store_uris_are_read_like_local_files():
         read("memory://corpus/missing.jsonl")
 
 
+def test_a_bucket_that_cannot_be_opened_is_reported_in_pyarrows_words():
+    with pytest.raises(CorpusError, match=r"cannot open s3://b/a\?x=1: Unexpected query") as caught:
+        read("s3://b/a?x=1")
+    assert "s3fs" not in str(caught.value)
+
+
 def test_a_source_is_named_by_its_path(tmp_path):
     for name in ("plain.jsonl", "packed.v2.jsonl.gz"):
         (tmp_path / name).write_bytes(b"")

@@ -2,10 +2,13 @@
 
 import os
 import pickle
+import re
 
 import pyarrow as pa
 import pytest
+import typer
 
+from refscale import cli
 from refscale.errors import FingerprintError, StorageError
 from refscale.storage.stages import StageFolder
 from refscale.storage.store import Store
@@ -41,6 +44,46 @@ def test_other_fingerprint_is_refused_while_unfinished_too(folder):
     folder.begin({"model": "a"})
     with pytest.raises(FingerprintError):
         folder.begin({"model": "b"})
+
+
+@pytest.mark.parametrize(
+    ("stage", "way_out"),
+    [
+        ("scores", "redo it with `refscale score --restart`"),
+        ("policy", "redo it with `refscale train --restart`"),
+        ("quarantine", "redo it with `refscale prepare --restart`"),
+        ("mtbench/policy", "redo it with `refscale mtbench --restart`"),
+        ("compare", "redo it with `refscale compare --restart`"),
+        ("completions", "redo it with `refscale compare --restart`"),
+        ("reference_completions", "redo it with `refscale compare --restart`"),
+        ("data", "use another --out, or delete /"),
+        ("elsewhere", "use another --run-dir, or delete elsewhere/"),
+    ],
+)
+def test_the_way_out_of_another_fingerprint_is_a_command_that_exists(tmp_path, stage, way_out):
+    folder = StageFolder(Store(tmp_path), stage)
+    finished(folder, {"model": "a"})
+    with pytest.raises(FingerprintError) as caught:
+        folder.begin({"model": "b"})
+    assert way_out in str(caught.value)
+    command = re.search(r"`refscale (\w+) --restart`", str(caught.value))
+    if command:
+        parameters = typer.main.get_command(cli.app).commands[command[1]].params
+        assert "--restart" in [option for parameter in parameters for option in parameter.opts]
+    folder.store.delete(f"{stage}/STAGE.json")
+    with pytest.raises(StorageError, match="another --out" if stage == "data" else "--run-dir"):
+        folder.begin({"model": "b"})
+
+
+def test_what_is_unfinished_names_the_command_that_writes_it(tmp_path):
+    def said(stage):
+        with pytest.raises(StorageError, match="is not finished") as caught:
+            StageFolder(Store(tmp_path), stage).require()
+        return str(caught.value)
+
+    assert said("policy").endswith("; run `refscale train` or `refscale run` first")
+    assert said("mtbench/policy").endswith("; run `refscale mtbench` first")
+    assert said("elsewhere").endswith("is not finished")
 
 
 def test_restart_begins_anew(folder):

@@ -3,14 +3,18 @@
 import errno
 import os
 import pickle
+import re
 import shutil
 import subprocess
+from datetime import timedelta
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
 from refscale.errors import StorageError
 from refscale.storage import store as storage
+from refscale.storage.filesystems import open_filesystem
 from refscale.storage.stages import StageFolder
 from refscale.storage.store import Store
 
@@ -41,6 +45,20 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         store.write_bytes("a", b"new")
     assert store.read_bytes("a") == b"old"
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_the_documented_way_to_read_a_table_takes_the_manifests_files_alone(tmp_path):
+    folder = StageFolder(Store(tmp_path), "scores")
+    folder.begin({})
+    records = [folder.commit_shard(f"shard-{i}", pa.table({"x": [i]})) for i in range(2)]
+    records.append(folder.publish_bytes("selection.json", b"{}"))
+    folder.finish({}, records, counts={}, seconds=1.0)
+    shutil.copy(tmp_path / "scores/shard-0.parquet", tmp_path / "scores/shard-9.parquet")
+    page = (Path(__file__).resolve().parents[2] / "docs/formats.md").read_text(encoding="utf-8")
+    [example] = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    found = {}
+    exec(example.replace("runs/first", str(tmp_path)), found)
+    assert found["scores"]["x"].to_pylist() == [0, 1]
 
 
 def test_only_one_creates_a_file_exclusively(tmp_path):
@@ -96,6 +114,36 @@ def test_passing_failures_of_a_remote_store_are_tried_again(monkeypatch, failure
     with pytest.raises(StorageError, match="cannot read x"):
         Store("s3://bucket/run").attempt("read x", fails)
     assert len(seen) == calls
+
+
+def test_a_store_that_cannot_be_opened_says_so_in_pyarrows_words():
+    with pytest.raises(
+        StorageError, match=r"cannot open s3://b/run\?x=1: Unexpected query"
+    ) as caught:
+        Store("s3://b/run?x=1").exists("config.yaml")
+    assert "s3fs" not in str(caught.value)
+
+
+def test_a_scheme_that_pyarrow_does_not_know_is_opened_by_fsspec():
+    store = Store("memory://test-storage/run")
+    store.write_bytes("a", b"x")
+    assert store.read_bytes("a") == b"x"
+    with pytest.raises(StorageError, match="cannot open nonsense://x: Protocol not known"):
+        Store("nonsense://x").exists("a")
+
+
+@pytest.mark.parametrize(
+    ("uri", "seconds"),
+    [
+        ("gs://b/run", 60),
+        ("gcs://b/run?scheme=http", 60),
+        ("gs://b/run?retry_limit_seconds=5", 5),
+    ],
+)
+def test_google_is_not_waited_for_without_end(uri, seconds):
+    filesystem, path = open_filesystem(uri)
+    assert path == "b/run"
+    assert filesystem.__reduce__()[1][0]["retry_time_limit"] == timedelta(seconds=seconds)
 
 
 def test_failures_of_a_local_disk_are_not_tried_again(tmp_path):
