@@ -34,7 +34,12 @@ from refscale.selection.strategies import Moments
 from refscale.storage.fingerprints import digest, model_fingerprint
 from refscale.storage.stages import FileRecord, StageFolder
 from refscale.training.log import TrainingProgress
-from refscale.training.options import WorkerSettings, deciding_options
+from refscale.training.options import (
+    NO_HOLDOUT,
+    WorkerSettings,
+    check_training,
+    deciding_options,
+)
 
 STAGES = ("prepare", "score", "select", "train", "evaluate", "report")
 _HOLDOUT = "holdout"  # in training/, while a training measures itself
@@ -44,8 +49,11 @@ def run_stages(run: Run, stages: Sequence[str] = STAGES) -> None:
     """Run the named stages in order. The run's lock must be held.
 
     Raises:
+        ConfigError: The training could not begin as it is configured; said before anything else.
         StorageError: The folder's config.yaml is not a run's.
     """
+    if "train" in stages:
+        check_training(run.config)
     claim(run)
     try:
         for name in stages:
@@ -413,10 +421,7 @@ def _held_out(run: Run, training: StageFolder) -> list[str]:
     config, corpus, scores = run.config, run.folder("corpus"), run.folder("scores")
     held = _holdout_shards(corpus.require())
     if not held:
-        raise ConfigError(
-            "train.eval_steps measures held-out pairs and there are none: set"
-            " corpus.holdout_fraction or mark a source holdout: true"
-        )
+        raise ConfigError(NO_HOLDOUT)
     folder = training.part(_HOLDOUT)
     last = summary.last_holdout_id(scores, held, config.evaluate.max_pairs)
     finished = folder.finished_shards()
@@ -467,6 +472,11 @@ def evaluate(run: Run) -> dict[str, Any]:
     if not held:
         say("evaluate  no holdout: set corpus.holdout_fraction or mark a source holdout: true")
     settings = _scorer_settings(run).for_policy(run.store.uri_of("policy"))
+    if config.score.quantization:
+        say(
+            f"evaluate  the reference was scored in {config.score.quantization} and the policy is"
+            " not: its margins also hold the error of that"
+        )
     last = summary.last_holdout_id(scores, held, config.evaluate.max_pairs)
     records = _score_shards(
         run,

@@ -11,23 +11,26 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import ray.train.torch
+from ray._private.state import state as ray_state
 from ray.train import Checkpoint, CheckpointConfig, CheckpointUploadMode, FailureConfig
 
 import refscale.errors
-from refscale.errors import RefscaleError, TrainingError
+from refscale.errors import ConfigError, RefscaleError, StorageError, TrainingError
+from refscale.storage.fingerprints import digest
 from refscale.storage.stages import StageFolder
 from refscale.storage.store import Store
 from refscale.training.log import TrainingLog, plain
 from refscale.training.options import WorkerSettings
 
-__all__ = ["train_on_ray"]
+__all__ = ["train_on_ray", "work_folder"]
 
 _FAILED = "FAILED.json"
 _TENSORBOARD = "tensorboard"
@@ -66,14 +69,17 @@ def train_on_ray(
         Rank 0's final metrics, as JSON can hold them; `resumed` says whether a checkpoint was used.
 
     Raises:
+        ConfigError: The workers do not fit on the cluster, and it does not grow.
         RefscaleError: That a worker raised, as it was raised.
         TrainingError: Workers died more often than `max_failures`.
     """
     store = folder.store
     store.delete(folder.file(_FAILED))
-    storage = store.uri_of(folder.file("checkpoints"))
+    resources = {"CPU": cpus_per_worker, **({"GPU": gpus_per_worker} if gpus_per_worker else {})}
+    _check_room(resources, num_workers)
+    filesystem, checkpoints = store.filesystem(folder.file("checkpoints"))
     score = {"checkpoint_score_attribute": "eval_loss", "checkpoint_score_order": "min"}
-    trainer = ray.train.torch.TorchTrainer(
+    trainer = _Trainer(
         _train_loop,
         train_loop_config={
             "settings": settings,
@@ -85,14 +91,13 @@ def train_on_ray(
         scaling_config=ray.train.ScalingConfig(
             num_workers=num_workers,
             use_gpu=gpus_per_worker > 0,
-            resources_per_worker={
-                "CPU": cpus_per_worker,
-                **({"GPU": gpus_per_worker} if gpus_per_worker else {}),
-            },
+            resources_per_worker=resources,
         ),
         run_config=ray.train.RunConfig(
             name=name,
-            storage_path=storage,
+            # Not its URI: Ray opens those of pyarrow alone.
+            storage_path=checkpoints,
+            storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=max_failures),
             checkpoint_config=CheckpointConfig(
                 num_to_keep=checkpoints_kept, **(score if settings.train["eval_steps"] else {})
@@ -107,6 +112,36 @@ def train_on_ray(
         raise _worker_error(store, folder, result.error) from result.error
     # `result.metrics` are those of the last checkpoint, which is older than the end.
     return dict(result.return_value)
+
+
+class _Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]
+    """Leaves Ctrl-C to Python.
+
+    Ray's own handler ends the process with exit code 0, and stays after the training, where it
+    swallows the first two.
+    """
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        pass
+
+
+def _check_room(resources: Mapping[str, float], num_workers: int) -> None:
+    """Refuse what would never start: Ray Train waits for room for ever and says nothing."""
+    if ray_state.get_max_resources_from_cluster_config():
+        return  # it grows, and Ray compares with how far
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(
+        int(min(node.get(name, 0) / each for name, each in resources.items() if each))
+        for node in nodes
+    )
+    if room < num_workers:
+        each = ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
+        total = ", ".join(f"{sum(node.get(n, 0) for node in nodes):g} {n}" for n in resources)
+        raise ConfigError(
+            f"train.num_workers is {num_workers}, of {each} each, and the cluster has room for"
+            f" {room} ({total} on {len(nodes)} node(s)); set train.num_workers,"
+            " ray.cpus_per_worker or ray.gpus_per_worker"
+        )
 
 
 def _worker_error(store: Store, folder: StageFolder, exc: BaseException | None) -> RefscaleError:
@@ -125,11 +160,14 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     """What each Ray Train worker runs."""
     folder: StageFolder = config["folder"]
     # A refusal repeats itself, so the restart that Ray Train grants to a failure ends here. It was
-    # raised all the same: ranks that wait for this one in a collective must be torn down.
+    # raised all the same: ranks that wait for this one in a collective must be torn down. What a
+    # store could not do now it may do then.
     if folder.store.exists(folder.file(_FAILED)):
         return {}
     try:
         return _run(config, ray.train.get_context())
+    except StorageError:
+        raise
     except RefscaleError as exc:
         failed = {"type": type(exc).__name__, "message": str(exc)}
         folder.store.write_json(folder.file(_FAILED), failed)
@@ -146,8 +184,7 @@ def _run(config: Mapping[str, Any], context: Any) -> dict[str, Any]:
     store, first_of_node = folder.store, context.get_local_rank() == 0
     if config["threads"]:
         torch.set_num_threads(config["threads"])
-    # Equal on all ranks of a node: DeepSpeed writes one checkpoint folder together.
-    work = Path(tempfile.gettempdir()) / f"refscale-{config['name']}"
+    work = work_folder(folder, config["name"])
     if first_of_node:
         _remove(work / "upload", work / "checkpoints", work / "policy")  # of a killed attempt
     checkpoint = ray.train.get_checkpoint()
@@ -191,7 +228,19 @@ def _run(config: Mapping[str, Any], context: Any) -> dict[str, Any]:
     _remove(work / f"rank-{context.get_world_rank()}")
     if first_of_node:
         _remove(work / "checkpoints", work / "policy", work / _TENSORBOARD)
+        for left in (work / "upload", work):  # what is still being uploaded stays
+            with suppress(OSError):
+                left.rmdir()
     return plain({**metrics, "resumed": checkpoint is not None})
+
+
+def work_folder(folder: StageFolder, name: str) -> Path:
+    """Where the workers of this node write for a training of a run, whatever else runs here.
+
+    Equal on all ranks of a node: DeepSpeed writes one checkpoint folder together.
+    """
+    whose = f"{os.getuid()}-{digest(folder.store.uri)[:8]}"
+    return Path(tempfile.gettempdir()) / f"refscale-{whose}-{name}"
 
 
 @contextmanager

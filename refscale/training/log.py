@@ -14,14 +14,18 @@ eval_loss, eval_rewards/margins, … (means over batches, whatever their size).
 """
 
 import json
+import logging
 import math
 import threading
 import time
 from typing import Any
 
+from refscale.errors import StorageError
 from refscale.progress import say
 from refscale.storage.stages import StageFolder
 from refscale.summary import training_line
+
+logger = logging.getLogger(__name__)
 
 LOG_FILE = "log.jsonl"
 _PUBLISHED_EVERY_S = 5.0
@@ -46,7 +50,11 @@ class TrainingLog:
         self._rows = [old for old in self._rows if old.get("step", 0) < step]
         self._rows.append(plain(row))
         if time.monotonic() - self._published > _PUBLISHED_EVERY_S:
-            self.publish()
+            # The rows are kept: the next one publishes all of them.
+            try:
+                self.publish()
+            except StorageError as exc:
+                logger.warning("the training log cannot be written now: %s", exc)
 
     def publish(self) -> None:
         """Write all rows."""

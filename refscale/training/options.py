@@ -1,8 +1,8 @@
 """From `TrainConfig` to the arguments of TRL's DPOConfig, DeepSpeed and LoRA.
 
 In: plain values of the config. Out: what a worker is told, and plain dicts. Wrong options are
-refused here, by name, before a model is loaded. Costs the import of trl, on first use only; no
-model, no device.
+refused here, by name: `check_options` before anything is scored, all of them before a model is
+loaded. Costs the import of trl, on first use only; no model, no device.
 """
 
 import dataclasses
@@ -10,9 +10,12 @@ import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from refscale.errors import ConfigError
+
+if TYPE_CHECKING:
+    from refscale.config import Config
 
 Device = Literal["cpu", "cuda"]
 
@@ -83,6 +86,27 @@ LOSS_TYPES = (
     "discopop",
     "sft",
     "sigmoid_norm",
+)
+
+NO_HOLDOUT = (
+    "train.eval_steps measures held-out pairs and there are none: set corpus.holdout_fraction or"
+    " mark a source holdout: true"
+)
+
+# transformers' names; those that need arguments get them in train.trl.lr_scheduler_kwargs.
+SCHEDULERS = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "reduce_lr_on_plateau",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+    "greedy",
 )
 
 # DPOConfig fields with their home elsewhere in the config, for the message.
@@ -227,6 +251,70 @@ def deepspeed_config(
     return config
 
 
+def check_training(config: "Config") -> None:
+    """Refuse before hours of scoring what training would refuse after them.
+
+    Raises:
+        ConfigError: Says what to change.
+    """
+    check_options(config.train.model_dump())
+    if config.model.dtype == "float16":
+        raise ConfigError(
+            "model.dtype is float16, which is for scoring alone: training computes in bfloat16 or"
+            " float32, and the stored sums would not be the policy's; set one of those"
+        )
+    if config.train.eval_steps and not (
+        config.corpus.holdout_fraction or any(source.holdout for source in config.corpus.sources)
+    ):
+        raise ConfigError(NO_HOLDOUT)
+
+
+def check_options(train: dict[str, Any]) -> None:
+    """Refuse training options that no worker would take; seconds, on any machine.
+
+    Args:
+        train: `TrainConfig.model_dump()`.
+
+    Raises:
+        ConfigError: As `dpo_arguments` and `peft_config`, but for what depends on the worker's
+            machine: what is installed there, and its device.
+    """
+    loss_types = [name.strip() for name in str(train["loss_type"]).split(",")]
+    for name in loss_types:
+        if name not in LOSS_TYPES:
+            raise ConfigError(
+                f"train.loss_type: {name!r} is not a loss of TRL's DPOTrainer"
+                f"{_nearest(name, LOSS_TYPES)}"
+            )
+    if "exo_pair" in loss_types and not train["label_smoothing"]:
+        raise ConfigError(
+            "train.loss_type exo_pair takes the logarithm of train.label_smoothing, got 0;"
+            " its paper uses 0.001"
+        )
+    schedule = train["lr_scheduler_type"]
+    if schedule not in SCHEDULERS:
+        raise ConfigError(
+            f"train.lr_scheduler_type: {schedule!r} is not a schedule of transformers"
+            f"{_nearest(schedule, SCHEDULERS)}"
+        )
+    check_report_to(train["report_to"], installed=False)
+    peft_config(train["peft"])
+    if isinstance(train["deepspeed"], str):
+        deepspeed_config(train["deepspeed"], device="cpu", bf16=False)
+    if not train["trl"]:
+        return
+    from trl import DPOConfig
+
+    known = {f.name for f in dataclasses.fields(DPOConfig) if f.init}
+    for key, value in train["trl"].items():
+        if key in _OWNED:
+            raise ConfigError(f"train.trl.{key} belongs to {_OWNED[key]}; set it there")
+        if key in _REFUSED:
+            raise ConfigError(f"train.trl.{key}={value!r} is refused: {_REFUSED[key]}")
+        if key not in known:
+            raise ConfigError(f"unknown key train.trl.{key}{_nearest(key, sorted(known))}")
+
+
 def dpo_arguments(
     train: dict[str, Any], *, output_dir: str, device: Device, bf16: bool, max_length: int
 ) -> dict[str, Any]:
@@ -242,32 +330,12 @@ def dpo_arguments(
     Raises:
         ConfigError: `train.trl` holds a key that DPOConfig does not have (the nearest is named),
             one that has its own place in the config, or one that stored reference sums rule out;
-            `train.loss_type` is not one of TRL's; or a reporter is unknown or not installed.
+            `train.loss_type` is not one of TRL's; the schedule is unknown; or a reporter is unknown
+            or not installed.
     """
-    loss_types = [name.strip() for name in str(train["loss_type"]).split(",")]
-    for name in loss_types:
-        if name not in LOSS_TYPES:
-            raise ConfigError(
-                f"train.loss_type: {name!r} is not a loss of TRL's DPOTrainer"
-                f"{_nearest(name, LOSS_TYPES)}"
-            )
-    if "exo_pair" in loss_types and not train["label_smoothing"]:
-        raise ConfigError(
-            "train.loss_type exo_pair takes the logarithm of train.label_smoothing, got 0;"
-            " its paper uses 0.001"
-        )
+    check_options(train)
     check_report_to(train["report_to"])
-    from trl import DPOConfig
-
-    extra = dict(train["trl"])
-    known = {f.name for f in dataclasses.fields(DPOConfig) if f.init}
-    for key, value in extra.items():
-        if key in _OWNED:
-            raise ConfigError(f"train.trl.{key} belongs to {_OWNED[key]}; set it there")
-        if key in _REFUSED:
-            raise ConfigError(f"train.trl.{key}={value!r} is refused: {_REFUSED[key]}")
-        if key not in known:
-            raise ConfigError(f"unknown key train.trl.{key}{_nearest(key, sorted(known))}")
+    loss_types = [name.strip() for name in train["loss_type"].split(",")]
     arguments: dict[str, Any] = {
         "output_dir": output_dir,
         "beta": train["beta"],
@@ -308,12 +376,16 @@ def dpo_arguments(
         "report_to": list(train["report_to"]) or "none",
         "disable_tqdm": True,
     }
-    arguments.update(extra)
+    arguments.update(train["trl"])
     return arguments
 
 
-def check_report_to(names: Sequence[str]) -> None:
+def check_report_to(names: Sequence[str], *, installed: bool = True) -> None:
     """Refuse a reporter that transformers does not know or that is not installed here.
+
+    Args:
+        names: Of `train.report_to`.
+        installed: False looks at the names alone.
 
     Raises:
         ConfigError: The nearest known name, or what to install.
@@ -330,7 +402,7 @@ def check_report_to(names: Sequence[str]) -> None:
                 f"train.report_to: unknown reporter {name!r}"
                 f"{_nearest(name, sorted(INTEGRATION_TO_CALLBACK))}"
             )
-        if name not in available:
+        if installed and name not in available:
             raise ConfigError(
                 f"train.report_to: {name} is not installed where the workers run; install it there,"
                 " or leave it out (training/log.jsonl and the report have the same curves)"

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +11,9 @@ import pytest
 from test_training_zero import Trained, assert_same_policy, settings_of, trained
 
 from refscale.cluster import trainer
-from refscale.cluster.trainer import train_on_ray
+from refscale.cluster.trainer import train_on_ray, work_folder
 from refscale.config import TrainConfig
-from refscale.errors import ConfigError, TrainingError
+from refscale.errors import ConfigError, StorageError, TrainingError
 from refscale.storage.stages import StageFolder
 from refscale.storage.store import Store
 from refscale.training.log import read_log
@@ -41,9 +40,9 @@ def name_of(run: Path) -> str:
     return f"test-{run.parent.name}-{run.name}"
 
 
-def work_folder(run: Path) -> Path:
+def work_of(run: Path) -> Path:
     """Where the workers of this node write."""
-    return Path(tempfile.gettempdir()) / f"refscale-{name_of(run)}"
+    return work_folder(StageFolder(Store(str(run)), "training"), name_of(run))
 
 
 def train(
@@ -108,7 +107,7 @@ def test_killed_workers_and_a_new_driver_end_with_the_weights_of_an_undisturbed_
     events = b"".join(f.read_bytes() for f in (tmp_path / "training/tensorboard").glob("events.*"))
     assert b"train/rewards/margins" in events
     assert b"train/tokens_per_s" in events
-    assert not work_folder(tmp_path).exists() or not list(work_folder(tmp_path).rglob("*.*"))
+    assert not work_of(tmp_path).exists()
 
 
 def assert_log_and_checkpoints(run: Path) -> None:
@@ -142,3 +141,48 @@ def test_a_refusal_is_not_tried_again_and_reads_as_it_was_raised(
     settings = replace(worker_settings(trained.inputs, tmp_path), quantization="4bit")
     with pytest.raises(ConfigError, match=r"^score.quantization is 4bit but train.peft"):
         train(tmp_path, settings, max_failures=3, num_workers=1)
+
+
+def test_workers_that_never_fit_are_refused_at_once(
+    ray_session: None, trained: Trained, tmp_path: Path
+) -> None:
+    settings = worker_settings(trained.inputs, tmp_path)
+    with pytest.raises(ConfigError, match=r"num_workers is 9, of 1 CPU each, .* room for 8"):
+        train(tmp_path, settings, num_workers=9)
+
+
+def test_a_store_that_fails_for_a_while_is_no_refusal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = StageFolder(Store(str(tmp_path)), "training")
+
+    def failing(*_: Any) -> None:
+        raise StorageError("cannot write training/log.jsonl: SLOW_DOWN")
+
+    class Context:
+        """Ray Train's, outside of a worker."""
+
+    monkeypatch.setattr(trainer.ray.train, "get_context", Context)
+    monkeypatch.setattr(trainer, "_run", failing)
+    with pytest.raises(StorageError):
+        trainer._train_loop({"folder": folder})
+    monkeypatch.setattr(trainer, "_run", lambda *_: {"steps": 6})
+    assert trainer._train_loop({"folder": folder}) == {"steps": 6}
+
+
+def test_trainings_of_two_runs_never_share_a_work_folder(tmp_path: Path) -> None:
+    folders = {
+        work_folder(StageFolder(Store(str(tmp_path / run)), "training"), "dpo-0123456789ab")
+        for run in ("a", "b")
+    }
+    assert len(folders) == 2
+
+
+def test_ctrl_c_is_pythons_after_a_training(
+    ray_session: None, trained: Trained, tmp_path: Path
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    settings = replace(worker_settings(trained.inputs, tmp_path), quantization="4bit")
+    with pytest.raises(ConfigError):
+        train(tmp_path, settings, num_workers=1)
+    assert signal.getsignal(signal.SIGINT) is before

@@ -1,13 +1,18 @@
 """From the config to DPOConfig, DeepSpeed and LoRA: presets, and refusals with the reason."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import SchedulerType
 from trl import DPOConfig
 
-from refscale.config import TrainConfig
+from refscale import pipeline
+from refscale.config import Config, TrainConfig
 from refscale.errors import ConfigError
+from refscale.run import Run
+from refscale.storage.store import Store
 from refscale.training import options
 from refscale.training.options import deepspeed_config, dpo_arguments, peft_config
 
@@ -51,6 +56,36 @@ def test_options_that_cannot_hold_are_refused_with_the_reason(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         arguments(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": {"loss_type": "sigmod"}}, "did you mean sigmoid"),
+        ({"train": {"lr_scheduler_type": "cosin"}}, "'cosin' is not a schedule"),
+        ({"train": {"trl": {"lerning_rate": 1}}}, "unknown key train.trl.lerning_rate"),
+        ({"train": {"peft": {"rank": 4}}}, "unknown key train.peft.rank"),
+        ({"train": {"report_to": ["wandbb"]}}, "did you mean wandb"),
+        ({"model": {"dtype": "float16"}}, "model.dtype is float16"),
+        ({"train": {"eval_steps": 5}, "corpus": {"holdout_fraction": 0}}, "there are none"),
+    ],
+)
+def test_what_no_training_would_take_is_known_before_anything_is_scored(
+    tmp_path: Path, changes: dict[str, dict[str, Any]], message: str
+) -> None:
+    sections = {
+        "model": {"model_name_or_path": "m", **changes.get("model", {})},
+        "corpus": {"sources": [{"path": "absent.jsonl"}], **changes.get("corpus", {})},
+        "train": changes.get("train", {}),
+    }
+    config = Config.model_validate(sections)
+    with pytest.raises(ConfigError, match=message):
+        pipeline.run_stages(Run(Store(tmp_path / "run"), config))
+    assert not (tmp_path / "run").exists()
+
+
+def test_schedules_are_those_of_transformers() -> None:
+    assert set(options.SCHEDULERS) == {kind.value for kind in SchedulerType}
 
 
 def test_refused_and_owned_options_are_real_fields_of_dpo_config() -> None:
