@@ -114,7 +114,7 @@ class CorpusConfig(Section):
     )
     duplicates: Literal["drop", "keep"] = Field(
         "drop",
-        description="drop: the first of equal pairs is kept, the others are counted.",
+        description="drop: the first of equal pairs is kept, the others are counted. keep: all.",
     )
     contradictions: Literal["keep", "drop"] = Field(
         "keep",

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 
 from refscale import schema
 from refscale.corpus.counts import Counts
+from refscale.corpus.pairs import content_hash
 
 # A fragment's columns: those of the corpus, and what settling needs.
 PREPARED = pa.schema(
@@ -48,7 +49,8 @@ def settle_bucket(
 
     Args:
         table: Columns of SETTLED_BY, and any others.
-        duplicates: drop | keep.
+        duplicates: drop | keep. A kept one gets an id of its own, made of the pair's and how often
+            it came before: selection cuts by id, and an id is a pair's alone.
         contradictions: drop | keep.
 
     Returns:
@@ -71,6 +73,8 @@ def settle_bucket(
     held = keys["split"].to_numpy() == schema.HOLDOUT if num else np.zeros(0, dtype=bool)
     held = np.isin(prompts, np.unique(prompts[held]))
     kept = table.take(order.filter(pa.array(stays)))
+    if duplicates == "keep":
+        kept = _with_own_ids(kept, _times_before(ids[stays]))
     split = pa.array(np.where(held[stays], schema.HOLDOUT, schema.TRAIN).tolist(), pa.string())
     index = kept.schema.get_field_index("split")
     kept = kept.set_column(index, table.schema.field("split"), split)
@@ -85,6 +89,28 @@ def settle_bucket(
         boundary_shifted=_sum(kept["boundary_shifted"]),
         tokens=_sum(kept["tokens"]),
     )
+
+
+def _times_before(codes: np.ndarray) -> np.ndarray:
+    """int64: how often each code came before its place."""
+    order = np.argsort(codes, kind="stable")
+    ordered = codes[order]
+    new = np.r_[True, ordered[1:] != ordered[:-1]] if len(codes) else np.zeros(0, dtype=bool)
+    places = np.arange(len(codes))
+    before = np.empty(len(codes), dtype=np.int64)
+    before[order] = places - np.maximum.accumulate(np.where(new, places, 0))
+    return before
+
+
+def _with_own_ids(table: pa.Table, before: np.ndarray) -> pa.Table:
+    """The table with other pair_ids where a pair came before."""
+    index = table.schema.get_field_index("pair_id")
+    own = [
+        content_hash(pair_id, b"%d" % times) if times else pair_id
+        for pair_id, times in zip(table["pair_id"].to_pylist(), before.tolist(), strict=True)
+    ]
+    column = pa.array(own, table.schema.field("pair_id").type)
+    return table.set_column(index, table.schema.field("pair_id"), column)
 
 
 def _sum(column: pa.ChunkedArray) -> int:

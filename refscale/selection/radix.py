@@ -129,7 +129,7 @@ def _word(
 def _duplicate(words: list[int], times: int) -> SelectionError:
     return SelectionError(
         f"pair {words[0]:016x}{words[1]:016x} occurs {times} times among the scores, where each"
-        " pair may occur once; the scores are damaged: redo them with --restart score"
+        " pair may occur once; redo the corpus with `refscale prepare --restart`"
     )
 
 

@@ -193,6 +193,11 @@ def test_the_first_of_equal_pairs_in_corpus_order_is_kept_whatever_the_order_of_
     assert kept == {("b", i) for i in range(20)} | {("a", i) for i in range(10, 20)}
     everything, _, counts = prepare(config(tiny_model, first, again, duplicates="keep"))
     assert (counts.duplicates, counts.kept, everything.num_rows) == (0, 45, 45)
+    # Each has its own id, whatever the order of the units; the first of equal pairs has the pair's.
+    other_way, _, _ = prepare(config(tiny_model, first, again, duplicates="keep"), order=reversed)
+    assert everything.equals(other_way)
+    found = everything["pair_id"].to_pylist()
+    assert len(set(found)) == 45 and set(settled["pair_id"].to_pylist()) <= set(found)
 
 
 def test_contradictions_are_counted_and_dropped_if_asked(tiny_model, tmp_path):
