@@ -13,6 +13,7 @@ import torch
 from trl import DPOTrainer
 
 from refscale.errors import TrainingError
+from refscale.scoring.limits import Limits
 from refscale.training.data import REF_COLUMNS
 
 
@@ -35,6 +36,25 @@ def logps_budget(logps: np.ndarray, num_tokens: np.ndarray, *, bf16: bool) -> np
     if bf16:
         return 0.2 * np.sqrt(num_tokens) + 0.01 * np.abs(logps) + 0.1
     return 1e-2 + 1e-5 * np.abs(logps)
+
+
+def positions_check(model: Any, longest: int) -> None:
+    """Refuse pairs whose positions would depend on what else is in their micro-batch.
+
+    Args:
+        model: The policy.
+        longest: Tokens of the longest sequence.
+
+    Raises:
+        TrainingError: Longrope switches below `longest`: the stored sums are those of each sequence
+            by itself, a step's are those of its longest one.
+    """
+    switch = Limits.of(model).rope_switch
+    if switch is not None and longest > switch:
+        raise TrainingError(
+            f"the selection holds a sequence of {longest} tokens, and beyond {switch} this model"
+            f" (longrope) changes the positions of a whole batch; set encoding.max_length: {switch}"
+        )
 
 
 @dataclass(frozen=True)

@@ -44,11 +44,11 @@ from trl import DPOConfig
 from refscale.errors import TrainingError
 from refscale.training import packed_dpo
 from refscale.training.checkpoints import CHECKPOINT_FILE, check_checkpoint, checkpoint_record
-from refscale.training.data import easy_to_hard, load_selection
+from refscale.training.data import easy_to_hard, load_selection, pair_tokens
 from refscale.training.dpo_trainer import PrecomputedDPOTrainer, peak_memory_gib
 from refscale.training.options import Device, WorkerSettings, dpo_arguments, peft_config
 from refscale.training.policy import load_policy, model_card, save_policy
-from refscale.training.start_check import packed_check, start_check
+from refscale.training.start_check import packed_check, positions_check, start_check
 
 __all__ = ["WorkerSettings", "join_ranks", "run_worker"]
 
@@ -114,6 +114,7 @@ def run_worker(
         if settings.tensorboard_dir is not None:
             os.environ["TENSORBOARD_LOGGING_DIR"] = settings.tensorboard_dir
         model, tokenizer = load_policy(settings, device)
+        positions_check(model, int(pair_tokens(dataset, padded=True).max()) // 2)
         reporter.path_reason = (
             "train.packed is off"
             if settings.train["packed"] == "off"

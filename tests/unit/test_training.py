@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import trl.trainer.dpo_trainer as trl_dpo
+from scoring_support import build, family
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -41,7 +42,7 @@ from refscale.training.data import REF_COLUMNS, load_selection
 from refscale.training.dpo_trainer import PrecomputedDPOTrainer, training_flops, useful_tokens
 from refscale.training.log import TrainingLog, TrainingProgress, read_log
 from refscale.training.options import LOSS_TYPES, dpo_arguments
-from refscale.training.start_check import logps_budget
+from refscale.training.start_check import logps_budget, positions_check
 from refscale.training.worker import WorkerSettings, run_worker
 
 torch.set_num_threads(1)  # more only wait for each other on such small tensors
@@ -708,6 +709,20 @@ def test_the_start_check_names_the_pair_that_is_off(
     files = [write_selection(tmp_path / "wrong.parquet", wrong)]
     with pytest.raises(TrainingError, match=r"pair 0{32} has stored ref_rejected_logps"):
         run(dataclasses.replace(settings, selection_files=files))
+
+
+def test_positions_that_a_long_neighbour_changes_are_refused() -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 32,
+    }
+    model = build(*family("Phi3", original_max_position_embeddings=32, rope_parameters=rope))
+    positions_check(model, 32)
+    with pytest.raises(TrainingError, match=r"33 tokens.*encoding\.max_length: 32"):
+        positions_check(model, 33)
 
 
 def test_budget_grows_with_length_and_is_wide_for_bfloat16_only() -> None:
