@@ -139,8 +139,10 @@ def test_a_refusal_is_not_tried_again_and_reads_as_it_was_raised(
     ray_session: None, trained: Trained, tmp_path: Path
 ) -> None:
     settings = replace(worker_settings(trained.inputs, tmp_path), quantization="4bit")
+    on_ctrl_c = signal.getsignal(signal.SIGINT)
     with pytest.raises(ConfigError, match=r"^score.quantization is 4bit but train.peft"):
         train(tmp_path, settings, max_failures=3, num_workers=1)
+    assert signal.getsignal(signal.SIGINT) is on_ctrl_c  # Ray would have left its own there
 
 
 def test_workers_that_never_fit_are_refused_at_once(
@@ -176,13 +178,3 @@ def test_trainings_of_two_runs_never_share_a_work_folder(tmp_path: Path) -> None
         for run in ("a", "b")
     }
     assert len(folders) == 2
-
-
-def test_ctrl_c_is_pythons_after_a_training(
-    ray_session: None, trained: Trained, tmp_path: Path
-) -> None:
-    before = signal.getsignal(signal.SIGINT)
-    settings = replace(worker_settings(trained.inputs, tmp_path), quantization="4bit")
-    with pytest.raises(ConfigError):
-        train(tmp_path, settings, num_workers=1)
-    assert signal.getsignal(signal.SIGINT) is before
