@@ -225,6 +225,8 @@ _DRIVER = """
         return item
 
     signal.signal(signal.SIGTERM, cli._terminated)
+    # Tests that run in a shell's background inherit that it is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     connect(None, num_cpus=2, replicas=1, cpus_per_replica=1)
     try:
         list(run_graph([{{"n": i}} for i in range(1000)], [Step(slow)]))

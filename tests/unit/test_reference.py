@@ -501,7 +501,7 @@ def test_a_lora_adapter_is_merged_into_the_reference(tiny_model, tmp_path):
 
 
 def test_what_cannot_be_loaded_is_one_line(tmp_path, tiny_model):
-    with pytest.raises(ModelError, match="cannot load the model") as caught:
+    with pytest.raises(ModelError, match="nothing does not exist") as caught:
         ReferenceModel.load(str(tmp_path / "nothing"))
     assert "\n" not in str(caught.value)
     with pytest.raises(ModelError, match="with adapter"):
