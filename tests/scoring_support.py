@@ -80,6 +80,19 @@ PACKED = {
     "cohere": family("Cohere", logit_scale=0.25),
     "smollm3": family("SmolLM3"),
 }
+# Positions change once a forward pass is longer than 32 tokens.
+LONGROPE = family(
+    "Phi3",
+    original_max_position_embeddings=32,
+    sliding_window=None,
+    rope_parameters={
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0, 8.0, 16.0, 32.0],
+        "original_max_position_embeddings": 32,
+    },
+)
 PADDED = {
     "mamba": (
         "Mamba",

@@ -122,13 +122,16 @@ class _Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]
     """
 
     def _register_sigint_handler(self, controller: Any) -> None:
-        pass
+        """Registers none."""
 
 
 def _check_room(resources: Mapping[str, float], num_workers: int) -> None:
-    """Refuse what would never start: Ray Train waits for room for ever and says nothing."""
+    """Refuse what would never start: Ray Train waits for room for ever and says nothing.
+
+    Of a cluster that grows it knows how far, by the same private call as here, and refuses itself.
+    """
     if ray_state.get_max_resources_from_cluster_config():
-        return  # it grows, and Ray compares with how far
+        return
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     room = sum(
         int(min(node.get(name, 0) / each for name, each in resources.items() if each))

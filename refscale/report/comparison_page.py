@@ -33,14 +33,6 @@ COSTS = {
 }
 
 
-class _Figure(float):
-    """A number that is shown as a dash where it is NaN."""
-
-    def __format__(self, spec: str) -> str:
-        text = super().__format__(spec)
-        return text if self == self else text.replace("nan", "  –")
-
-
 def lines(comparison: Mapping[str, Any]) -> list[str]:
     """The headline table, one line an arm, and the verdicts."""
     shown = [f"{'arm':<36} {'accuracy':>20} {'sd':>6} {'against random':>22} {'train s':>9}"]
@@ -50,7 +42,7 @@ def lines(comparison: Mapping[str, Any]) -> list[str]:
         shown.append(
             f"{arm:<36} {_estimate(measure, signed=False):>20} {sd:>6}"
             f" {_estimate(measure['against_random'], signed=True):>22}"
-            f" {_mean(comparison, arm, 'train_s'):>9,.0f}"
+            f" {_number(_mean(comparison, arm, 'train_s'), ',.0f'):>9}"
         )
     for arm in comparison["arms"]:
         tokens, wins = (_mean(comparison, arm, COSTS[name]) for name in ("mean_tokens", "win_rate"))
@@ -100,6 +92,7 @@ def render_html(comparison: Mapping[str, Any]) -> str:
         titles=TITLES,
         rows=rows,
         costs=costs,
+        number=_number,
         judged={
             "lengths": all(cost["mean_tokens"] == cost["mean_tokens"] for cost in costs),
             "wins": all(cost["win_rate"] == cost["win_rate"] for cost in costs),
@@ -136,7 +129,7 @@ def _row(comparison: Mapping[str, Any], arm: str) -> dict[str, Any]:
     }
 
 
-def _mean(comparison: Mapping[str, Any], arm: str, name: str) -> _Figure:
+def _mean(comparison: Mapping[str, Any], arm: str, name: str) -> float:
     """Mean of a figure over an arm's seeds, a dotted name; NaN where one was not measured."""
     found: list[float] = []
     for run in comparison["runs"][arm].values():
@@ -144,9 +137,14 @@ def _mean(comparison: Mapping[str, Any], arm: str, name: str) -> _Figure:
         for part in name.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
         if value is None:
-            return _Figure("nan")
+            return float("nan")
         found.append(value)
-    return _Figure(sum(found) / len(found))
+    return sum(found) / len(found)
+
+
+def _number(value: float, spec: str) -> str:
+    """A number in words of `format`; a dash where it was not measured."""
+    return format(value, spec) if value == value else "–"
 
 
 def _estimate(estimate: Mapping[str, float] | None, *, signed: bool) -> str:

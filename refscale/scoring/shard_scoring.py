@@ -89,6 +89,18 @@ def resolve_dtype(requested: str, *, cuda: bool) -> tuple[str, str]:
     return str(dtype).removeprefix("torch."), reason
 
 
+def _check_dtype(dtype: str, reason: str) -> None:
+    """Refuse bfloat16 that was chosen for another machine than this replica's."""
+    import torch
+
+    own, why = resolve_dtype("auto", cuda=torch.cuda.is_available())
+    if dtype == "bfloat16" and own != dtype:
+        raise ModelError(
+            f"model.dtype: auto chose bfloat16 where the run was started ({reason}), and a replica"
+            f" runs where it is slow ({why}); set model.dtype: {own}"
+        )
+
+
 def table_to_bytes(table: pa.Table) -> bytes:
     """A table as an Arrow IPC stream."""
     sink = pa.BufferOutputStream()
@@ -133,16 +145,10 @@ class ShardScorer:
         options = asdict(settings)
         name, reason = options.pop("model_name_or_path"), options.pop("dtype_reason")
         self._stage = options.pop("stage")
-        asked = options.pop("dtype_asked")
+        if options.pop("dtype_asked") == "auto":
+            _check_dtype(settings.dtype, reason)
         with local_folder(name) as folder:
             self._model = ReferenceModel.load(folder, **options)
-        if asked == "auto":
-            own, why = resolve_dtype("auto", cuda=self._model.device.type == "cuda")
-            if settings.dtype == "bfloat16" and own != settings.dtype:
-                raise ModelError(
-                    f"model.dtype: auto chose bfloat16 where the run was started ({reason}), and"
-                    f" a replica runs where it is slow ({why}); set model.dtype: {own}"
-                )
         self._model.info["dtype_reason"] = reason
         self._checked = False
         self._replica = f"{socket.gethostname()}:{os.getpid()}"

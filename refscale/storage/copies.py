@@ -21,6 +21,9 @@ def local_folder(name: str) -> Iterator[str]:
         yield name
         return
     store = Store(name)
+    if store.is_local:
+        yield store.uri
+        return
     with tempfile.TemporaryDirectory(prefix="refscale-model-") as work:
         for file in store.list_files("", recursive=True):
             store.fetch(file, work)

@@ -279,7 +279,7 @@ def check_options(train: dict[str, Any]) -> None:
         ConfigError: As `dpo_arguments` and `peft_config`, but for what depends on the worker's
             machine: what is installed there, and its device.
     """
-    loss_types = [name.strip() for name in str(train["loss_type"]).split(",")]
+    loss_types = _loss_types(train)
     for name in loss_types:
         if name not in LOSS_TYPES:
             raise ConfigError(
@@ -335,11 +335,10 @@ def dpo_arguments(
     """
     check_options(train)
     check_report_to(train["report_to"])
-    loss_types = [name.strip() for name in train["loss_type"].split(",")]
     arguments: dict[str, Any] = {
         "output_dir": output_dir,
         "beta": train["beta"],
-        "loss_type": loss_types,
+        "loss_type": _loss_types(train),
         "label_smoothing": train["label_smoothing"],
         "learning_rate": train["learning_rate"],
         "lr_scheduler_type": train["lr_scheduler_type"],
@@ -431,6 +430,10 @@ def peft_config(fields: dict[str, Any] | None) -> Any:
             " directly, so an adapter on it would not be trained; leave it out"
         )
     return LoraConfig(**{"task_type": "CAUSAL_LM", **fields})
+
+
+def _loss_types(train: dict[str, Any]) -> list[str]:
+    return [name.strip() for name in train["loss_type"].split(",")]
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from scoring_support import PACKED, PADDED, LargestTensor, build, family, make_pairs, own_sums
+from scoring_support import PACKED, PADDED, LargestTensor, build, make_pairs, own_sums
 
 from refscale.errors import ModelError
 from refscale.scoring import attention, forward, logps
@@ -130,90 +130,6 @@ def test_counts_and_empty_prompts(llama, path):
         EncodedPairs([ids()], [ids(1)], [ids(2)])
     )
     assert both(nothing).tolist() == [0.0, 0.0] and nothing.reason == [None]
-
-
-# -- limits --------------------------------------------------------------------------------------
-
-
-@PATHS
-def test_a_token_without_an_embedding_is_named(llama, path):
-    pairs = EncodedPairs([ids(1, 2)], [ids(3, 101)], [ids(4)])
-    with pytest.raises(ModelError, match=r"token id 101, the model has 101 embeddings"):
-        ReferenceModel.from_model(llama, path=path).score(pairs)
-
-
-def test_a_sequence_beyond_learned_positions_is_refused_with_what_to_set():
-    model = ReferenceModel.from_model(build(*PACKED["gpt2"]))
-    prompt = np.ones(100, dtype=np.int32)
-
-    def pair(tokens):
-        return EncodedPairs([prompt], [np.ones(tokens, dtype=np.int32)], [ids(1)])
-
-    assert np.isfinite(both(model.score(pair(29)))).all()  # 128 positions, the last token predicts
-    with pytest.raises(ModelError, match=r"129 tokens.*encoding.max_length: 128"):
-        model.score(pair(30))
-
-
-def longrope(**rope):
-    return build(
-        *family(
-            "Phi3",
-            original_max_position_embeddings=32,
-            sliding_window=None,
-            rope_parameters={
-                "rope_type": "longrope",
-                "rope_theta": 10000.0,
-                "short_factor": [1.0] * 4,
-                "long_factor": [4.0, 8.0, 16.0, 32.0],
-                "original_max_position_embeddings": 32,
-                **rope,
-            },
-        )
-    )
-
-
-@PATHS
-def test_long_neighbours_do_not_change_the_positions_of_short_ones(path):
-    rng = np.random.default_rng(0)
-
-    def some(count):
-        return rng.integers(0, 101, count).astype(np.int32)
-
-    model = longrope()
-    # Short, long, and a prompt that is long with one of its sides alone.
-    pairs = EncodedPairs(
-        [some(10), some(12), some(10)], [some(8), some(30), some(10)], [some(9), some(28), some(40)]
-    )
-    wanted = [
-        *own_sums(model, pairs.prompt_ids, pairs.chosen_ids),
-        *own_sums(model, pairs.prompt_ids, pairs.rejected_ids),
-    ]
-    scores = ReferenceModel.from_model(model, path=path).score(pairs)
-    np.testing.assert_allclose(both(scores), wanted, rtol=0, atol=2e-3)
-
-
-def test_positions_that_depend_on_all_before_are_refused_beyond_their_end():
-    model = build(*family("Llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0}))
-    pairs = EncodedPairs([np.ones(127, dtype=np.int32)], [ids(1, 2)], [ids(1)])
-    ReferenceModel.from_model(model).score(pairs)
-    pairs = EncodedPairs([np.ones(127, dtype=np.int32)], [ids(1, 2, 3)], [ids(1)])
-    with pytest.raises(ModelError, match=r"dynamic rope.*encoding.max_length: 128"):
-        ReferenceModel.from_model(model).score(pairs)
-
-
-def test_a_window_that_is_in_the_mask_alone_is_not_packed():
-    kind = family(
-        "Qwen2Moe",
-        use_sliding_window=True,
-        sliding_window=5,
-        max_window_layers=0,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=16,
-        shared_expert_intermediate_size=16,
-    )
-    model = ReferenceModel.from_model(build(*kind))
-    assert model.path == "padded" and "sliding window" in model.info["path_reason"]
 
 
 def test_no_pairs_give_no_scores(llama):
@@ -498,6 +414,15 @@ def test_a_lora_adapter_is_merged_into_the_reference(tiny_model, tmp_path):
     np.testing.assert_allclose(reference.score(pairs).chosen_logps, truth, atol=1e-3)
     plain = ReferenceModel.load(str(tiny_model), dtype="float32").score(pairs).chosen_logps
     assert np.abs(plain - truth).max() > 0.1
+
+
+def test_float32_never_runs_through_flash_attention(llama):
+    model = Forward(llama)
+    model._own_attention = "flash_attention_2"  # of a model that was loaded so
+    before = llama.config._attn_implementation
+    with model.attending("float32"):
+        assert llama.config._attn_implementation == "sdpa"
+    assert llama.config._attn_implementation == before
 
 
 def test_what_cannot_be_loaded_is_one_line(tmp_path, tiny_model):

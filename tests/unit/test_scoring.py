@@ -1,15 +1,18 @@
 """The three steps of scoring a shard, called one after the other as the graph does."""
 
 import json
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from refscale import schema
-from refscale.errors import ScoringError
-from refscale.scoring import shard_scoring
+from refscale.errors import ModelError, ScoringError
+from refscale.scoring import devices, shard_scoring
+from refscale.scoring.reference import EncodedPairs
 from refscale.scoring.shard_scoring import (
     ScorerSettings,
     ShardScorer,
@@ -19,6 +22,7 @@ from refscale.scoring.shard_scoring import (
     table_from_bytes,
     table_to_bytes,
 )
+from refscale.storage.copies import local_folder
 from refscale.storage.stages import StageFolder
 from refscale.storage.store import Store
 
@@ -86,6 +90,31 @@ def settings(tiny_model):
 @pytest.fixture(scope="module")
 def scorer(settings):
     return ShardScorer(settings)
+
+
+def test_a_copy_of_a_model_is_removed_once_it_is_loaded(settings, tmp_path, monkeypatch):
+    local, remote = settings.model_name_or_path, "memory://models/tiny"
+    Store("memory://models").upload_folder(local, "tiny")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in (local, f"file://{local}"):
+        with local_folder(name) as folder:
+            assert folder == local
+    with local_folder(remote) as folder:
+        assert Path(folder).parent == tmp_path and Path(folder, "config.json").is_file()
+    assert not list(tmp_path.iterdir())
+    named = replace(settings, model_name_or_path=remote)
+    table = table_from_bytes(table_to_bytes(corpus_table()))
+    scores = ShardScorer(named)._model.score(EncodedPairs.from_table(table))
+    assert np.isfinite(scores.chosen_logps).all()
+    assert not list(tmp_path.iterdir())
+
+
+def test_bfloat16_that_another_machine_chose_is_refused_where_it_is_slow(settings, monkeypatch):
+    monkeypatch.setattr(devices, "_cpu_flags", set)
+    chosen = replace(settings, dtype="bfloat16", dtype_reason="a GPU is fast", dtype_asked="auto")
+    with pytest.raises(ModelError, match=r"a GPU is fast.*set model\.dtype: float32"):
+        ShardScorer(chosen)
+    ShardScorer(replace(chosen, dtype_asked="bfloat16"))
 
 
 def test_tables_survive_the_way_between_processes():

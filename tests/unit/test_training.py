@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import trl.trainer.dpo_trainer as trl_dpo
-from scoring_support import build, family
+from scoring_support import LONGROPE, build
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -32,7 +32,7 @@ from trl import DPOConfig, DPOTrainer
 
 from refscale import schema
 from refscale.config import TrainConfig
-from refscale.errors import ConfigError, ModelError, TrainingError
+from refscale.errors import ConfigError, ModelError, StorageError, TrainingError
 from refscale.storage.stages import StageFolder
 from refscale.storage.store import Store
 from refscale.training import log as training_log
@@ -554,6 +554,25 @@ def test_the_log_is_whole_lines_and_repeated_steps_replace_the_earlier(tmp_path:
     assert read_log(folder) == []
 
 
+def test_a_log_that_cannot_be_written_now_is_written_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = StageFolder(Store(tmp_path), "training")
+    log = TrainingLog(folder, resumed=False)
+
+    def failing(*_: Any) -> None:
+        raise StorageError("cannot write training/log.jsonl: SLOW_DOWN")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write_bytes", failing)
+        log.add({"step": 1, "loss": 0.7})
+        with pytest.raises(StorageError):  # the end does not pass it over
+            log.publish()
+    log.add({"step": 2, "loss": 0.6})
+    log.publish()
+    assert [row["step"] for row in read_log(folder)] == [1, 2]
+
+
 def test_the_progress_shows_a_step_again_when_the_holdout_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -712,14 +731,7 @@ def test_the_start_check_names_the_pair_that_is_off(
 
 
 def test_positions_that_a_long_neighbour_changes_are_refused() -> None:
-    rope = {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "short_factor": [1.0] * 4,
-        "long_factor": [4.0] * 4,
-        "original_max_position_embeddings": 32,
-    }
-    model = build(*family("Phi3", original_max_position_embeddings=32, rope_parameters=rope))
+    model = build(*LONGROPE)
     positions_check(model, 32)
     with pytest.raises(TrainingError, match=r"33 tokens.*encoding\.max_length: 32"):
         positions_check(model, 33)
