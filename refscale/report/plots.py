@@ -117,19 +117,21 @@ def curve(
 def intervals(
     rows: Sequence[tuple[str, float, Mapping[str, float]]], axis: str, bounds: tuple[float, float]
 ) -> Markup:
-    """Before and after with a 95 % interval.
+    """Values with a 95 % interval, each beside a value to compare it with.
 
     Args:
-        rows: (name, value before, estimate after).
+        rows: (name, other value, estimate). Names have twice the room that bars give them.
         axis: Name of the quantity.
         bounds: Ends of the axis.
     """
     height = 24 * len(rows) + 44
-    frame = _Frame(bounds, (0.0, 1.0), _WIDTH, height, top=4, left=_LABEL)
+    names = [_short(name, 2 * _CHARACTERS) for name, _, _ in rows]
+    left = max(_LABEL, _LABEL / _CHARACTERS * max(map(_cells, names), default=0))
+    frame = _Frame(bounds, (0.0, 1.0), _WIDTH, height, top=4, left=left)
     parts = frame.axes(axis, None, vertical=False)
-    for i, (name, before, after) in enumerate(rows):
+    for i, (name, (_, before, after)) in enumerate(zip(names, rows, strict=True)):
         y = 24 * i + 18
-        parts.append(_text(_LABEL - 10, y + 4, _short(name), "end"))
+        parts.append(_text(left - 10, y + 4, name, "end"))
         parts.append(_line(frame.x(after["low"]), y, frame.x(after["high"]), y, "l"))
         for value, style in ((before, "o"), (after["value"], "d")):
             parts.append(
@@ -137,7 +139,7 @@ def intervals(
                     style, frame.x(value), y
                 )
             )
-    return _svg(_WIDTH, height, parts, f"{axis} before and after training")
+    return _svg(_WIDTH, height, parts, f"{axis}: {', '.join(names)}")
 
 
 # -- parts -----------------------------------------------------------------------------------------
@@ -223,14 +225,18 @@ def _number(value: float) -> str:
     return text.replace("-", "−")
 
 
-def _short(text: str) -> str:
-    """The beginning of a text that fits beside a bar."""
-    room = _CHARACTERS
-    for i, character in enumerate(text):
-        room -= 2 if unicodedata.east_asian_width(character) in "WF" else 1
-        if room < 0:
-            return text[: max(i - 1, 0)] + "…"
-    return text
+def _cells(text: str) -> int:
+    """Its width in narrow characters."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def _short(text: str, room: int = _CHARACTERS) -> str:
+    """The beginning of a text that fits beside a bar, or in so many narrow characters."""
+    if _cells(text) <= room:
+        return text
+    while _cells(text) >= room:
+        text = text[:-1]
+    return text + "…"
 
 
 def _svg(width: float, height: float, parts: Iterable[Markup], label: str) -> Markup:

@@ -17,6 +17,7 @@ from refscale.experiments import comparison as comparison_module
 from refscale.experiments.arms import FULL, Arm, arm_config, grid, parse_arm
 from refscale.experiments.comparison import MEASURES, _details, _matrices, compare, outcomes
 from refscale.experiments.statistics import summarise
+from refscale.report import plots
 from refscale.report.comparison_page import lines, render_html, verdicts
 from refscale.run import Run
 from refscale.storage.store import Store
@@ -267,6 +268,17 @@ def test_the_page_shows_every_arm_and_escapes_what_it_is_given():
         for run in runs.values():
             run["right_labels"] = None
     assert "nan" not in render_html(values)
+
+
+def test_plots_tell_arms_apart_that_begin_alike():
+    values = comparison()
+    page = render_html(values)
+    for arm in values["arms"]:
+        assert f">{arm}</text>" in page
+    whole = "length_adjusted_margin:largest:0.5"
+    at = {"value": 0.5, "low": 0.4, "high": 0.6}
+    drawn = plots.intervals([(whole, 0.5, at), ("x" * 99, 0.5, at)], "accuracy", (0, 1))
+    assert f">{whole}</text>" in drawn and "x" * 40 not in drawn
 
 
 def test_completions_and_win_rate_are_shown_where_they_were_measured():
