@@ -134,6 +134,22 @@ PADDED = {
             "pad_token_id": None,
         },
     ),
+    "llama4": family("Llama4", head_dim=8, num_local_experts=4, intermediate_size_mlp=48),
+    "recurrent-gemma": (
+        "RecurrentGemma",
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "logits_soft_cap": 3.0,
+            "attention_window_size": 64,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": None,
+        },
+    ),
     "gpt-oss": family(
         "GptOss",
         head_dim=8,
@@ -179,6 +195,7 @@ def own_sums(model, prompts, completions):
     sums = []
     for prompt, completion in zip(prompts, completions, strict=True):
         whole = torch.from_numpy(np.concatenate([prompt, completion]).astype(np.int64))
+        whole = whole.to(model.device)
         logps = model(input_ids=whole[None]).logits[0].double().log_softmax(dim=-1)
         first = max(len(prompt), 1)
         sums.append(logps[range(first - 1, len(whole) - 1), whole[first:]].sum().item())

@@ -5,6 +5,7 @@ place of their own kernel, and build no mask for it. Exact for causal models: th
 just the keys that they would see in their own sequences.
 
 - CUDA, half precision: one varlen call a layer over gathered keys, causal from the lower right.
+  Heads whose keys and values differ in size (DeepSeek's) are padded to one size with zeros.
 - Elsewhere: SDPA over batches of blocks. A block is at most 64 queries of a segment; blocks of
   similar shape are gathered, padded to one shape and attended in one call under an additive bias,
   all of which is laid out once a pack and shared by all layers. With small models a call for each
@@ -16,10 +17,12 @@ models that do not hand unknown arguments down, and the recomputation of checkpo
 backward, which runs in another thread.
 """
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -29,7 +32,10 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
+from refscale.scoring.devices import to_device
 from refscale.scoring.packing import Segment, key_index
+
+logger = logging.getLogger(__name__)
 
 PACKED = "refscale_packed"
 # Queries of a block. The CPU kernel's own blocks compute more of what causality hides: for prompts
@@ -80,25 +86,19 @@ class Layout:
             for queries, keys, hidden, real in _batch_blocks(
                 _blocks(self.segments, window), window
             ):
-                bias = torch.zeros(hidden.shape, dtype=like.dtype)
-                bias.masked_fill_(torch.from_numpy(hidden), -math.inf)
-                made.append(
-                    _Batch(
-                        torch.from_numpy(queries.ravel()).to(like.device),
-                        torch.from_numpy(keys.ravel()).to(like.device),
-                        len(queries),
-                        bias[:, None].to(like.device),
-                    )
-                )
+                bias = like.new_zeros(hidden.shape)
+                bias.masked_fill_(to_device(hidden, like.device), -math.inf)
+                rows = [to_device(x.ravel(), like.device) for x in (queries, keys)]
+                made.append(_Batch(rows[0], rows[1], len(queries), bias[:, None]))
                 order[queries[real]] = base + np.flatnonzero(real)
                 base += queries.size
-            self._batches[key] = made, torch.from_numpy(order).to(like.device)
+            self._batches[key] = made, to_device(order, like.device)
         return self._batches[key]
 
     def varlen(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
         """(gather, cu_q, cu_k, longest query, longest key) on the device."""
         if device not in self._varlen:
-            gather, cu_q, cu_k = (torch.from_numpy(x).to(device) for x in key_index(self.segments))
+            gather, cu_q, cu_k = (to_device(x, device) for x in key_index(self.segments))
             longest_q = max(s.length for s in self.segments)
             longest_k = max(s.prefix_length + s.length for s in self.segments)
             self._varlen[device] = gather, cu_q, cu_k, longest_q, longest_k
@@ -161,8 +161,11 @@ def packed_attention(
         what = ", ".join(unknown) or "attention that is not causal"
         raise ValueError(f"{type(module).__name__} asks for {what}, which packs do not serve")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if softcap is None and _can_varlen(query, value):
+    why_not = _no_varlen(query, value, softcap)
+    if why_not is None:
         return _varlen(query, key, value, scale, sliding_window, _layout), None
+    if query.is_cuda:
+        _say_slow(why_not)
     batches, order = _layout.batches(sliding_window, query)
     outputs = [_attend(batch, query, key, value, scale, softcap) for batch in batches]
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -252,16 +255,30 @@ def _attend(
     return output.transpose(1, 2).flatten(0, 1)
 
 
-def _can_varlen(query: Tensor, value: Tensor) -> bool:
-    """Whether FlashAttention, which is behind torch's varlen attention, takes these."""
-    return (
-        query.is_cuda
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and query.shape[-1] == value.shape[-1]
-        and query.shape[-1] <= 256
-        and query.shape[-1] % 8 == 0
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    )
+def _no_varlen(query: Tensor, value: Tensor, softcap: float | None) -> str | None:
+    """Why FlashAttention, which is behind torch's varlen attention, does not take these."""
+    if not query.is_cuda:
+        return "not on CUDA"
+    if softcap is not None:
+        return "the kernel has no soft-capped scores"
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        return f"the kernel has no {str(query.dtype).removeprefix('torch.')}"
+    size = _head_size(query, value)
+    if size > 256:
+        return f"heads have {size} entries, and the kernel takes 256"
+    if torch.cuda.get_device_capability(query.device) < (8, 0):
+        return "the kernel needs compute capability 8.0"
+    return None
+
+
+@cache
+def _say_slow(why_not: str) -> None:
+    logger.warning("packed attention takes many calls a layer instead of one: %s", why_not)
+
+
+def _head_size(query: Tensor, value: Tensor) -> int:
+    """The kernel's: one for keys and values, a multiple of 8."""
+    return -(-max(query.shape[-1], value.shape[-1]) // 8) * 8
 
 
 def _varlen(
@@ -269,10 +286,15 @@ def _varlen(
 ) -> Tensor:
     """All segments in one call; (1, T, H, D)."""
     gather, cu_q, cu_k, longest_q, longest_k = layout.varlen(query.device)
+    rows = (x[0].transpose(0, 1) for x in (query, key, value))
+    size = _head_size(query, value)
+    queries, keys, values = (
+        x if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1])) for x in rows
+    )
     output = varlen_attn(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1).index_select(0, gather),
-        value[0].transpose(0, 1).index_select(0, gather),
+        queries,
+        keys.index_select(0, gather),
+        values.index_select(0, gather),
         cu_q,
         cu_k,
         longest_q,
@@ -283,7 +305,7 @@ def _varlen(
         enable_gqa=query.shape[1] != key.shape[1],
     )
     assert isinstance(output, Tensor), "asked for the output alone"
-    return output.unsqueeze(0)
+    return output[..., : value.shape[-1]].unsqueeze(0)
 
 
 def unserved(config: Any, device: torch.device) -> str | None:

@@ -33,7 +33,7 @@ class Flops:
         head = model.get_output_embeddings()
         embeddings |= {id(p) for p in head.parameters()} if head is not None else set()
         weights = sum(
-            p.numel() * (share if "experts" in name else 1.0)
+            p.numel() * (share if _is_experts(name, p, experts) else 1.0)
             for name, p in model.named_parameters()
             if id(p) not in embeddings and p.dim() > 1
         )
@@ -48,3 +48,8 @@ class Flops:
     def total(self, tokens: int, head_rows: int, context: float) -> float:
         """Of `tokens` rows, of which `head_rows` meet the head, with `context` pairs seen."""
         return self.per_token * tokens + self.per_head_row * head_rows + self.per_context * context
+
+
+def _is_experts(name: str, parameter: Any, experts: int | None) -> bool:
+    """Whether these weights are of experts of which a token takes some; shared ones are not."""
+    return ".experts." in name or (parameter.dim() == 3 and len(parameter) == experts)

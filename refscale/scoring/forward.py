@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from refscale.scoring import attention
+from refscale.scoring.devices import to_device
 from refscale.scoring.flops import Flops
 from refscale.scoring.logps import Head, logps_of_logits, sequence_logps, token_logps
 from refscale.scoring.packing import Pack
@@ -43,6 +43,9 @@ class Forward:
         self.flops = Flops.of(model)
         self.head_served = model.get_output_embeddings() is not None
         self._own_attention = model.config._attn_implementation
+        # Llama 4's text model names no backbone of its own kind, and is then its own base_model.
+        own = model.base_model is model
+        self._backbone = getattr(model, "model", model) if own else model.base_model
 
     @contextmanager
     def attending(self, path: str) -> Iterator[None]:
@@ -74,8 +77,8 @@ class Forward:
             head = Head.of(self.model)
             # With layers spread over devices, the last may end elsewhere than the head.
             hidden = self._hidden(batch).to(head.weight.device)
-            hidden = hidden.index_select(0, _tensor(batch.rows, hidden.device))
-            targets = _tensor(batch.targets, hidden.device)
+            hidden = hidden.index_select(0, to_device(batch.rows, hidden.device))
+            targets = to_device(batch.targets, hidden.device)
             logps, squares = token_logps(hidden, targets, head, sum_squares=sums.squares)
             _add(batch, sums, logps, squares)
             head_rows = len(batch.rows)
@@ -85,21 +88,21 @@ class Forward:
 
     def score_own_logits(self, batch: PaddedBatch, sums: Sums) -> None:
         """As `score`, with the logits that the model itself computes: of every row, in full."""
-        ids = _tensor(batch.ids, self.device)
+        ids = to_device(batch.ids, self.device)
         logits = self.model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
-        logits = logits.index_select(0, _tensor(batch.rows, logits.device))
-        targets = _tensor(batch.targets, logits.device)
+        logits = logits.index_select(0, to_device(batch.rows, logits.device))
+        targets = to_device(batch.targets, logits.device)
         _add(batch, sums, *logps_of_logits(logits, targets, sum_squares=sums.squares))
 
     def _hidden(self, batch: Batch) -> Tensor:
         """(num_tokens, D) last hidden states."""
-        ids = _tensor(batch.ids, self.device)
+        ids = to_device(batch.ids, self.device)
         if isinstance(batch, PaddedBatch):
-            output = self.model.base_model(input_ids=ids, use_cache=False)
+            output = self._backbone(input_ids=ids, use_cache=False)
         else:
-            positions = _tensor(batch.positions, self.device)
+            positions = to_device(batch.positions, self.device)
             with attention.layout(attention.Layout(batch.segments)):
-                output = self.model.base_model(
+                output = self._backbone(
                     input_ids=ids[None], position_ids=positions[None], use_cache=False
                 )
         return output.last_hidden_state.flatten(0, 1)
@@ -125,14 +128,10 @@ class Forward:
 
 
 def _add(batch: Batch, sums: Sums, logps: Tensor, squares: Tensor | None) -> None:
-    terms, owners = (_tensor(x, logps.device) for x in (batch.terms, batch.owners))
+    terms, owners = (to_device(x, logps.device) for x in (batch.terms, batch.owners))
     count = len(batch.sequences)
     sums.add(
         batch.sequences,
         sequence_logps(logps, terms, owners, count),
         None if squares is None else sequence_logps(squares, terms, owners, count),
     )
-
-
-def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(array).to(device, non_blocking=True)

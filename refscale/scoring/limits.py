@@ -13,7 +13,9 @@ import torch
 
 from refscale.errors import ModelError
 
-_LEARNED_POSITIONS = ("wpe", "embed_positions", "position_embeddings")
+# Embeddings; and the tables that GPT-J, CodeGen and CTRL keep as plain tensors.
+_POSITIONS = ("wpe", "embed_positions", "position_embeddings", "positions_embed")
+_TABLES = ("embed_positions", "pos_encoding")
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Limits:
 
     Attributes:
         num_embeddings: Token ids are below it.
-        positions: A forward pass has at most so many, where positions are learned.
+        positions: A forward pass has at most so many, where they are rows of a table.
         rope_switch: Longrope: transformers takes other frequencies for all of a forward pass as
             soon as one of its sequences is longer. So longer and other sequences never share one.
         rope_end: Dynamic NTK: beyond it the frequencies depend on every length seen before.
@@ -38,11 +40,16 @@ class Limits:
         """The limits of a transformers causal LM."""
         config = model.config.get_text_config()
         embeddings = getattr(model.get_input_embeddings(), "num_embeddings", None)
-        learned = [
+        tables = [
             module.num_embeddings - getattr(module, "offset", 0)
             for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Embedding)
-            and name.rpartition(".")[2] in _LEARNED_POSITIONS
+            if isinstance(module, torch.nn.Embedding) and name.rpartition(".")[2] in _POSITIONS
+        ]
+        tables += [
+            len(table)
+            for module in model.modules()
+            for table in (getattr(module, name, None) for name in _TABLES)
+            if isinstance(table, torch.Tensor)
         ]
         switch, end = [], []
         for rope in _rope_parameters(config):
@@ -53,7 +60,7 @@ class Limits:
                 end.append(int(config.max_position_embeddings))
         return cls(
             num_embeddings=embeddings,
-            positions=min(learned, default=None),
+            positions=min(tables, default=None),
             rope_switch=min(switch, default=None),
             rope_end=min(end, default=None),
         )
@@ -75,7 +82,7 @@ class Limits:
                 " embeddings: use the tokenizer that belongs to it, or resize them"
             )
         for limit, why in (
-            (self.positions, "has so many learned positions"),
+            (self.positions, "has so many positions"),
             (
                 self.rope_end,
                 "stretches its positions beyond that by all it has seen (dynamic rope)",

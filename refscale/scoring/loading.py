@@ -1,5 +1,6 @@
 """Loading a causal LM to score with: dtype, quantization, adapter, devices. No inference here."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -46,21 +47,52 @@ def load_model(
     if split or (quantization and device != "cpu"):
         options["device_map"] = "auto" if split else {"": device}
     try:
-        model = AutoModelForCausalLM.from_pretrained(model_name_or_path, **options)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            model_name_or_path, output_loading_info=True, **options
+        )
+        _require_whole(model, found["missing_keys"])
         if adapter:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+            model = _merged(model, adapter)
         if "device_map" not in options:
             model = model.to(device)
         if device == "cpu":
             use_onednn(model)
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as exc:
+    except Exception as exc:  # a model's own code may raise anything
         lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+        if isinstance(exc, LookupError | AttributeError | TypeError):  # do not speak for themselves
+            lines.insert(0, f"{type(exc).__name__}:")
         what = f"{model_name_or_path} with adapter {adapter}" if adapter else model_name_or_path
         error = f"cannot load the model {what}: {' '.join(lines)[:300]}"
         raise ModelError(explain_model_name(model_name_or_path, error)) from exc
     return model, reason
+
+
+def _require_whole(model: Any, missing: set[str]) -> None:
+    """Refuse what transformers fills up with random weights, and what it leaves off the GPUs."""
+    if missing:
+        names = ", ".join(sorted(missing)[:3])
+        raise ValueError(
+            f"its weights lack {len(missing)} of {type(model).__name__}, such as {names}; it is the"
+            " checkpoint of another kind of model (a reward model has no head), or damaged"
+        )
+    places = set(getattr(model, "hf_device_map", {}).values())
+    if len(places) > 1 and places & {"cpu", "disk"}:
+        raise ValueError(
+            f"it does not fit on {torch.cuda.device_count()} GPUs; raise ray.gpus_per_replica"
+        )
+
+
+def _merged(model: Any, adapter: str) -> Any:
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        # peft only warns, and takes layers without weights as untrained ones.
+        warnings.filterwarnings("error", message=".*missing adapter keys")
+        adapted = PeftModel.from_pretrained(model, adapter)
+    if not hasattr(adapted.base_model, "merge_and_unload"):
+        kind = adapted.active_peft_config.peft_type.value
+        raise ValueError(f"an adapter of type {kind} cannot be merged into the weights")
+    return adapted.merge_and_unload()
 
 
 def _quantization(kind: str, dtype: torch.dtype) -> Any:

@@ -43,11 +43,12 @@ class Head:
         scaling = getattr(config, "logits_scaling", None)
         if multiplier is None and scaling is not None:
             multiplier = scaling if config.model_type == "hyperclovax" else 1.0 / scaling
+        softcap = getattr(config, "final_logit_softcapping", None)
         return cls(
             weight=head.weight,
             bias=getattr(head, "bias", None),
             multiplier=1.0 if multiplier is None else float(multiplier),
-            softcap=getattr(config, "final_logit_softcapping", None),
+            softcap=getattr(config, "logits_soft_cap", softcap),  # RecurrentGemma's name
         )
 
     def target_logits(self, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from refscale.scoring.loading import load_model
 from refscale.scoring.packing import Pack, Plan, length_classes, make_packs, plan_packs
 from refscale.scoring.padding import padded_batches
 from refscale.scoring.results import PairScores, ScoringStats, Sums, pair_scores
-from refscale.scoring.self_check import SelfCheck, checked_pairs, error_budget, passes
+from refscale.scoring.self_check import SelfCheck, checked_pairs, error_budget, fault
 
 __all__ = [
     "ENGINE_VERSION",
@@ -293,6 +293,11 @@ class ReferenceModel:
         ]
         if not bad:
             return
+        logger.warning(
+            "%d of %d sequences have log-probs in %s that are not finite; they are scored again in"
+            " float32, one by one",
+            *(len(bad), plan.num_sequences, self.info["dtype"]),
+        )
         try:
             with self._forward.in_float32(), self._forward.attending("float32"):
                 for batch in padded_batches(plan.sequences, bad, 1):
@@ -314,38 +319,47 @@ class ReferenceModel:
             pairs: At least one.
 
         Raises:
-            ModelError: score.path is packed and the model fails it; or as `score`.
+            ModelError: score.path is packed and the model fails it, or no path is right; or as
+                `score`.
         """
         plan = self._plan(checked_pairs(pairs))
         truth = self._own_sums(plan)
         budget = error_budget(truth, plan.num_scored, self.dtype)
         errors: dict[str, float] = {}
 
-        def good(path: Path) -> bool:
+        def wrong_with(path: Path) -> str | None:
             def compute() -> np.ndarray:
                 sums = Sums(plan.num_sequences)
                 self._run(plan, sums, ScoringStats(), path)
                 return sums.logps()
 
-            passed, errors[path] = passes(compute, truth, budget)
-            return passed
+            wrong, errors[path] = fault(compute, truth, budget)
+            return wrong
 
+        if not np.isfinite(truth).any():
+            logger.warning("nothing to check the path by: the model's own log-probs are not finite")
         path, reason = self.path, self.info["path_reason"]
         if path == "packed":
-            if good("packed"):
+            wrong = wrong_with("packed")
+            if wrong is None:
                 reason = f"self-check passed, largest error {errors['packed']:.2g} nats"
             elif self._forced:
                 raise ModelError(
-                    f"score.path is packed, but the packed path is off by {errors['packed']:.3g}"
-                    " nats from the model's own logits; use score.path: auto"
+                    f"score.path is packed, but the packed path {wrong}; use score.path: auto"
                 )
             else:
                 path = "padded"
-                reason = f"the packed path failed the self-check by {errors['packed']:.3g} nats"
+                reason = f"the packed path failed the self-check: it {wrong}"
                 logger.warning("%s; pairs are scored in padded batches", reason)
-        if path == "padded" and not good("padded"):
+        if path == "padded" and wrong_with("padded"):
             self._forward.head_served = False
             reason += "; log-probs are taken from the model's own logits"
+            logger.warning("the model's head is not known: every row takes the whole vocabulary")
+            if wrong := wrong_with("padded"):
+                raise ModelError(
+                    "no path gives the model's own log-probs, so it may not be a causal language"
+                    f" model: in padded batches it {wrong}"
+                )
         self.path = path
         self.info.update(path=path, path_reason=reason, self_check_error=errors.get(path))
         return SelfCheck(errors, float(budget.min(initial=np.inf)), path, reason)

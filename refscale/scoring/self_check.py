@@ -4,7 +4,6 @@ Truth is the model's own forward with its own attention, one sequence at a time 
 logits. A path passes if every sum is within the error budget of the dtype.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,8 +11,6 @@ import numpy as np
 import torch
 
 from refscale.scoring.encoded_pairs import EncodedPairs
-
-logger = logging.getLogger(__name__)
 
 _CHECKED_PAIRS = 4
 # Of a pair, tokens: the truth's logits take this many rows of the whole vocabulary.
@@ -69,10 +66,10 @@ def error_budget(sums: np.ndarray, num_tokens: np.ndarray, dtype: torch.dtype) -
     return 0.25 * np.sqrt(np.maximum(num_tokens, 1)) + 0.01 * sums
 
 
-def passes(
+def fault(
     compute: Callable[[], np.ndarray], truth: np.ndarray, budget: np.ndarray
-) -> tuple[bool, float]:
-    """Whether sums are within the budget, and the largest error.
+) -> tuple[str | None, float]:
+    """What is wrong with a path's sums, None if they are within the budget; the largest error.
 
     Sequences whose truth is not finite say nothing; a path that raises has failed, with an infinite
     error, unless it ran out of memory.
@@ -83,9 +80,11 @@ def passes(
         raise
     except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as exc:
         # Whatever a foreign architecture does with packs, there is another path.
-        logger.warning("this path failed: %s", exc)
-        return False, float("inf")
+        return f"breaks off: {exc}", float("inf")
     known = np.isfinite(truth)
     difference = np.abs(sums - truth)[known]
     difference[np.isnan(difference)] = np.inf
-    return bool((difference <= budget[known]).all()), float(difference.max(initial=0.0))
+    largest = float(difference.max(initial=0.0))
+    if (difference <= budget[known]).all():
+        return None, largest
+    return f"is off by {largest:.3g} nats from the model's own logits", largest

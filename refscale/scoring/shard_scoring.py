@@ -136,7 +136,7 @@ def read_pairs(
 class ShardScorer:
     """The scoring step: hosts one replica of a model and scores shard after shard.
 
-    The first pairs that a replica sees serve as its self-check (packed path against padded path).
+    The first pairs that a replica sees serve as its self-check.
     """
 
     def __init__(self, settings: ScorerSettings) -> None:
@@ -222,7 +222,7 @@ def publish_evaluation(evaluation: StageFolder, scores: StageFolder) -> Callable
         # Both are small and from the same shard: look rows up by id.
         position = {pair_id: i for i, pair_id in enumerate(reference["pair_id"].to_pylist())}
         rows = [position.get(pair_id) for pair_id in policy["pair_id"].to_pylist()]
-        both = pa.array([row is not None for row in rows])
+        both = pa.array([row is not None for row in rows], pa.bool_())
         reference = reference.take(pa.array([row for row in rows if row is not None], pa.int64()))
         policy = policy.filter(both)
         table = pa.table(

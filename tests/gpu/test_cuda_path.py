@@ -16,7 +16,10 @@ from scoring_support import (
 
 from refscale.scoring import attention
 from refscale.scoring.attention import Layout, layout, packed_attention
+from refscale.scoring.forward import Forward
+from refscale.scoring.packing import plan_packs
 from refscale.scoring.reference import EncodedPairs, ReferenceModel
+from refscale.scoring.results import ScoringStats, Sums
 
 pytestmark = [
     pytest.mark.gpu,
@@ -84,7 +87,7 @@ def test_half_precision_is_no_further_from_the_truth_than_the_models_own_forward
     pairs = make_pairs(prompts=(9,) * 30 + (40,) * 10)
     sides = (pairs.chosen_ids, pairs.rejected_ids)
     truth = np.concatenate([own_sums(double, pairs.prompt_ids, s) for s in sides])
-    usual = np.concatenate([_own(half, pairs.prompt_ids, s) for s in sides]) - truth
+    usual = np.concatenate([own_sums(half, pairs.prompt_ids, s) for s in sides]) - truth
     reference = ReferenceModel.from_model(half)
     assert reference.self_check(pairs).path == "packed"
     scores = reference.score(pairs)
@@ -92,16 +95,30 @@ def test_half_precision_is_no_further_from_the_truth_than_the_models_own_forward
     assert np.sqrt(np.mean(error**2)) <= 1.2 * np.sqrt(np.mean(usual**2))
 
 
-@torch.no_grad()
-def _own(model, prompts, completions):
-    sums = []
-    for prompt, completion in zip(prompts, completions, strict=True):
-        whole = torch.from_numpy(np.concatenate([prompt, completion]).astype(np.int64)).cuda()
-        logps = model(input_ids=whole[None]).logits[0].double().log_softmax(dim=-1).cpu()
-        first = max(len(prompt), 1)
-        rows = range(first - 1, len(whole) - 1)
-        sums.append(logps[rows, whole[first:].cpu()].sum().item())
-    return np.array(sums)
+def test_launching_a_pack_does_not_wait_for_the_device():
+    half = build(*PACKED["llama"]).to("cuda", torch.bfloat16)
+    pairs = make_pairs()
+    plan = plan_packs(pairs.prompt_ids, pairs.chosen_ids, pairs.rejected_ids, 4096)
+    model, sums = Forward(half), Sums(plan.num_sequences)
+    with torch.inference_mode(), model.attending("packed"):
+        model.score(plan.packs[0], sums, ScoringStats())  # loads kernels
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            model.score(plan.packs[0], sums, ScoringStats())
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert np.isfinite(sums.logps()).all()
+
+
+@pytest.mark.parametrize("sizes", [(192, 128), (80, 80), (100, 100)], ids=str)
+def test_heads_of_any_size_up_to_the_kernels_take_one_call(sizes):
+    segments = make_segments(trees=6)
+    inputs = [x.cuda().bfloat16() for x in tensors(segments, size=sizes[0], value_size=sizes[1])]
+    assert attention._no_varlen(inputs[0], inputs[2], None) is None
+    with layout(Layout(segments)):
+        found, _ = packed_attention(None, *inputs, None)
+    wanted = dense(*(x.cpu() for x in inputs), segments, scale=sizes[0] ** -0.5)
+    torch.testing.assert_close(found.cpu().double(), wanted, rtol=0, atol=3e-2)
 
 
 def test_scores_do_not_depend_on_neighbours_order_or_budget():

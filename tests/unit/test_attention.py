@@ -15,6 +15,7 @@ def varlen_by_segment(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, win
     """What torch's varlen attention computes, a segment at a time: causal from the lower right."""
     assert cu_q.dtype == cu_k.dtype == torch.int32
     assert more.pop("enable_gqa") == (query.shape[1] != key.shape[1]) and not more
+    assert query.shape[-1] == key.shape[-1] == value.shape[-1] and query.shape[-1] % 8 == 0
     left, right = window_size
     assert right == 0
     groups = query.shape[1] // key.shape[1]
@@ -70,7 +71,7 @@ def test_the_cuda_path_hands_varlen_attention_the_right_keys(monkeypatch, case, 
     segments = make_segments(seed)
     query, key, value = tensors(segments, heads=heads[0], kv_heads=heads[1])
     scale = case.get("scale", query.shape[-1] ** -0.5)
-    monkeypatch.setattr(attention, "_can_varlen", lambda query, value: True)
+    monkeypatch.setattr(attention, "_no_varlen", lambda *tensors: None)
     monkeypatch.setattr(attention, "varlen_attn", varlen_by_segment)
     with layout(Layout(segments)):
         found, _ = packed_attention(
@@ -80,15 +81,45 @@ def test_the_cuda_path_hands_varlen_attention_the_right_keys(monkeypatch, case, 
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=2e-6)
 
 
-def test_soft_capped_scores_do_not_go_to_a_kernel_without_them(monkeypatch):
+@pytest.mark.parametrize("sizes", [(24, 16), (8, 12), (10, 10)], ids=str)
+def test_heads_of_other_sizes_are_padded_to_what_varlen_attention_takes(monkeypatch, sizes):
     segments = make_segments()
-    query, key, value = tensors(segments)
-    monkeypatch.setattr(attention, "_can_varlen", lambda query, value: True)
-    monkeypatch.setattr(attention, "varlen_attn", None)  # a call would fail
+    query, key, value = tensors(segments, size=sizes[0], value_size=sizes[1])
+    monkeypatch.setattr(attention, "_no_varlen", lambda *tensors: None)
+    monkeypatch.setattr(attention, "varlen_attn", varlen_by_segment)
     with layout(Layout(segments)):
-        found, _ = packed_attention(None, query, key, value, None, softcap=0.5)
-    wanted = dense(query, key, value, segments, scale=8**-0.5, softcap=0.5)
+        found, _ = packed_attention(None, query, key, value, None)
+    wanted = dense(query, key, value, segments, scale=sizes[0] ** -0.5)
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=2e-6)
+
+
+class Tensor:
+    is_cuda, device = True, torch.device("cuda")
+
+    def __init__(self, size=128, dtype=torch.bfloat16):
+        self.shape, self.dtype = (1, 4, 9, size), dtype
+
+
+@pytest.mark.parametrize(
+    ("query", "value", "softcap", "reason"),
+    [
+        (Tensor(), Tensor(), None, None),
+        (Tensor(192), Tensor(128), None, None),  # DeepSeek-V3
+        (Tensor(), Tensor(), 50.0, "no soft-capped scores"),  # Gemma 2
+        (Tensor(512), Tensor(512), None, "512 entries"),  # Gemma 4
+        (Tensor(dtype=torch.float32), Tensor(), None, "no float32"),
+        (torch.zeros(1, 4, 9, 128), torch.zeros(1, 4, 9, 128), None, "not on CUDA"),
+    ],
+)
+def test_what_varlen_attention_does_not_take_is_named(monkeypatch, query, value, softcap, reason):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    found = attention._no_varlen(query, value, softcap)
+    assert found is None if reason is None else reason in found
+
+
+def test_old_gpus_take_the_batches(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "capability 8.0" in attention._no_varlen(Tensor(), Tensor(), None)
 
 
 def test_values_may_be_wider_than_keys():

@@ -34,6 +34,19 @@ def test_a_sequence_beyond_learned_positions_is_refused_with_what_to_set():
         model.score(pair(30))
 
 
+@pytest.mark.parametrize("kind", ["GPTJ", "CodeGen", "CTRL", "OpenAIGPT"])
+def test_positions_that_are_a_table_of_another_name_are_limits_too(kind):
+    sizes = {"vocab_size": 101, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 128}
+    if kind in ("GPTJ", "CodeGen"):
+        sizes |= {"rotary_dim": 4, "bos_token_id": None, "eos_token_id": None}
+    model = ReferenceModel.from_model(build(kind, sizes))
+    pairs = EncodedPairs([np.ones(128, dtype=np.int32)], [ids(1)], [ids(2)])
+    assert np.isfinite(model.score(pairs).chosen_logps).all()
+    pairs = EncodedPairs([np.ones(128, dtype=np.int32)], [ids(1, 2)], [ids(2)])
+    with pytest.raises(ModelError, match=r"129 tokens.*encoding.max_length: 128"):
+        model.score(pairs)
+
+
 @PATHS
 def test_long_neighbours_do_not_change_the_positions_of_short_ones(path):
     rng = np.random.default_rng(0)

@@ -1,16 +1,20 @@
 """The reference model: parity with TRL, invariance, retries, self-check, choices."""
 
+import shutil
+
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from scoring_support import PACKED, PADDED, LargestTensor, build, make_pairs, own_sums
+from scoring_support import PACKED, PADDED, LargestTensor, build, family, make_pairs, own_sums
+from transformers import masking_utils
 
 from refscale.errors import ModelError
-from refscale.scoring import attention, forward, logps
+from refscale.scoring import attention, forward, loading, logps
 from refscale.scoring.devices import choose_dtype, default_budget, is_out_of_memory
 from refscale.scoring.flops import Flops
 from refscale.scoring.forward import Forward
+from refscale.scoring.packing import plan_packs
 from refscale.scoring.padding import padded_batches
 from refscale.scoring.reference import (
     NONFINITE,
@@ -18,6 +22,7 @@ from refscale.scoring.reference import (
     EncodedPairs,
     ReferenceModel,
 )
+from refscale.scoring.results import ScoringStats, Sums
 from refscale.scoring.self_check import checked_pairs, error_budget
 
 
@@ -158,6 +163,38 @@ def test_stats_count_what_was_done(llama, path):
     assert stats.seconds > 0 and stats.peak_memory_bytes > 2**20
 
 
+def test_flops_count_the_experts_that_a_token_takes_and_shared_ones_whole():
+    sizes = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    more = {"n_group": 1, "topk_group": 1, "n_shared_experts": 1, "num_key_value_heads": 4}
+    heads = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+    dense = {"v_head_dim": 8, "first_k_dense_replace": 0}
+    model = build(*family("DeepseekV3", **sizes, **more, **heads, **dense))
+    others = [p for n, p in model.named_parameters() if "self_attn" in n and p.dim() > 1]
+    # A router of 8 x 32, and 2 routed experts and a shared one of 3 x 32 x 16, two layers.
+    experts = 2 * (8 * 32 + 3 * 3 * 32 * 16)
+    assert Flops.of(model).per_token == 2 * (sum(p.numel() for p in others) + experts)
+
+
+@PATHS
+def test_a_forward_asks_no_value_of_the_device(monkeypatch, path):
+    # A meta tensor has none: where a GPU would wait, or tensors of two devices meet, it raises.
+    # What transformers asks itself, once a padded batch, cannot be helped.
+    monkeypatch.setattr(attention, "_no_varlen", lambda *tensors: None)
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda positions: None)
+    pairs = make_pairs()
+    model = Forward(build(*PACKED["llama"]).to(torch.bfloat16).to("meta"))
+    plan = plan_packs(pairs.prompt_ids, pairs.chosen_ids, pairs.rejected_ids, 4096)
+    batches = {
+        "packed": plan.packs,
+        "padded": padded_batches(plan.sequences, range(plan.num_sequences), 4096),
+    }[path]
+    sums = Sums(plan.num_sequences, squares=True)
+    with model.attending(path):
+        for batch in batches:
+            model.score(batch, sums, ScoringStats())
+    assert {rows.device.type for _, rows in sums._pending} == {"meta"}
+
+
 @PATHS
 def test_sum_squares_is_the_mean_log_of_the_summed_squares(llama, path):
     pairs = make_pairs(6)
@@ -256,7 +293,7 @@ def test_a_vocabulary_of_256k_never_meets_all_rows():
 # -- what is not finite ----------------------------------------------------------------------------
 
 
-def test_what_overflows_in_float16_is_scored_again_in_float32():
+def test_what_overflows_in_float16_is_scored_again_in_float32(caplog):
     model = build(*PACKED["llama"])
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.mul_(3e4)
@@ -266,6 +303,7 @@ def test_what_overflows_in_float16_is_scored_again_in_float32():
     reference = ReferenceModel.from_model(model)
     scores = reference.score(pairs)
     assert scores.reason == [None] * len(pairs)
+    assert "log-probs in float16 that are not finite" in caplog.text
     np.testing.assert_allclose(scores.chosen_logps, truth, rtol=1e-4, atol=1e-2)
     # The model is what it was, and can be trained.
     assert reference.dtype == torch.float16
@@ -416,6 +454,60 @@ def test_a_lora_adapter_is_merged_into_the_reference(tiny_model, tmp_path):
     assert np.abs(plain - truth).max() > 0.1
 
 
+def test_an_adapter_without_the_weights_of_its_layers_is_refused(tiny_model, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    renamed = {name.replace("model.layers", "text.layers"): w for name, w in weights.items()}
+    save_file(renamed, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=r"with adapter.*missing adapter keys.*layers\.0"):
+        ReferenceModel.load(str(tiny_model), adapter=str(tmp_path))
+
+
+def test_an_adapter_without_weights_to_merge_is_refused(tiny_model, tmp_path):
+    from peft import PromptTuningConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    tuning = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    get_peft_model(base, tuning).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"type PROMPT_TUNING cannot be merged"):
+        ReferenceModel.load(str(tiny_model), adapter=str(tmp_path))
+
+
+def test_weights_that_a_checkpoint_lacks_are_not_made_up(tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    config = build(*PACKED["llama"]).config
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"lack 1 of LlamaForCausalLM, such as lm_head.weight"):
+        ReferenceModel.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", [*PACKED, *PADDED])
+def test_whole_checkpoints_lack_nothing(name, tmp_path):
+    kind, config = (PACKED | PADDED)[name]
+    model = build(kind, {**config, "tie_word_embeddings": True})
+    model.save_pretrained(tmp_path)
+    pairs = make_pairs()
+    wanted = own_sums(model, pairs.prompt_ids, pairs.chosen_ids)
+    found = ReferenceModel.load(str(tmp_path), dtype="float32", path="padded").score(pairs)
+    np.testing.assert_allclose(found.chosen_logps, wanted, rtol=0, atol=1e-3)
+
+
+def test_a_model_that_is_left_off_the_gpus_is_refused(llama, monkeypatch):
+    monkeypatch.setattr(llama, "hf_device_map", {"model": 0, "lm_head": "cpu"}, raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"does not fit on 2 GPUs; raise ray.gpus_per_replica"):
+        loading._require_whole(llama, set())
+    monkeypatch.setattr(llama, "hf_device_map", {"model": 0, "lm_head": 1})
+    loading._require_whole(llama, set())
+
+
 def test_float32_never_runs_through_flash_attention(llama):
     model = Forward(llama)
     model._own_attention = "flash_attention_2"  # of a model that was loaded so
@@ -431,6 +523,11 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path, tiny_model):
     assert "\n" not in str(caught.value)
     with pytest.raises(ModelError, match="with adapter"):
         ReferenceModel.load(str(tiny_model), adapter=str(tmp_path))
+    shutil.copytree(tiny_model, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ModelError, match="incomplete metadata"):
+        ReferenceModel.load(str(tmp_path / "cut"))
 
 
 def test_a_model_says_what_was_chosen_and_why(tiny_model):

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from scoring_support import PACKED, PADDED, build, make_pairs, own_sums
+from scoring_support import PACKED, PADDED, build, family, make_pairs, own_sums
 
+from refscale.errors import ModelError
 from refscale.scoring import attention
 from refscale.scoring.reference import ReferenceModel
 
@@ -42,7 +43,21 @@ def test_models_that_packs_do_not_serve_fall_back_and_are_right(name):
     assert settled.path == reference.path == "padded"
     assert settled.largest_error["padded"] < 1e-3
     assert reference.info["path"] == "padded"
+    assert "the model's own logits" not in settled.reason  # of every row, in full
     check(reference, pairs)
+
+
+def test_why_a_model_is_not_packed_is_said():
+    reference = ReferenceModel.from_model(build(*PADDED["gpt-oss"]))
+    reference.self_check(make_pairs())
+    assert "asks for s_aux, which packs do not serve" in reference.info["path_reason"]
+
+
+def test_a_model_that_sees_what_follows_is_refused():
+    # Without is_decoder a BERT looks both ways: padding changes what comes before it.
+    kind = family("Bert", pad_token_id=0)
+    with pytest.raises(ModelError, match="may not be a causal language model"):
+        ReferenceModel.from_model(build(*kind)).self_check(make_pairs())
 
 
 @pytest.mark.parametrize("name", ["mistral-window", "gemma2"])
