@@ -22,7 +22,6 @@ from refscale.errors import ConfigError, RefscaleError
 from refscale.progress import print_counts, say
 from refscale.secrets import refuse_secrets
 from refscale.storage.locks import RunLock
-from refscale.storage.stages import StageFolder
 from refscale.storage.store import Store
 
 app = typer.Typer(
@@ -148,41 +147,13 @@ def validate(config: ConfigPath, overrides: Overrides = None, debug: Debug = Fal
 @app.command()
 def status(run_dir: RunPath, debug: Debug = False) -> None:
     """What is done, what is next, and how fast it went."""
+    from refscale.cli_status import status_lines
+
     store = Store(run_dir)
     if not store.exists("config.yaml"):
         raise ConfigError(f"{store.uri} is not a run folder: it has no config.yaml")
-    following = None
-    for stage, command in _FOLDERS:
-        folder = StageFolder(store, stage)
-        manifest = folder.manifest()
-        if manifest is None:
-            shards = folder.finished_shards() if store.exists(folder.file("STAGE.json")) else {}
-            begun = f"unfinished, {len(shards)} shard(s) done" if shards else "not done"
-            print(f"{command:<9} {begun}")
-            following = following or command
-            continue
-        damaged = folder.damaged(manifest)
-        rate = manifest["rows"] / max(manifest["seconds"], 1e-9)
-        state = f"DAMAGED: {', '.join(damaged)}" if damaged else "done"
-        speed = f", {rate:,.1f} rows/s" if manifest["rows"] else ""
-        print(
-            f"{command:<9} {state}: {manifest['rows']:,} rows in {manifest['seconds']:,.1f} s"
-            f"{speed} (finished {manifest['finished']})"
-        )
-        if damaged:
-            following = following or command
-    if not store.exists("report.html"):
-        following = following or "report"
-    print(f"next: refscale {following}" if following else "complete")
-
-
-_FOLDERS = (
-    ("corpus", "prepare"),
-    ("scores", "score"),
-    ("selection", "select"),
-    ("policy", "train"),
-    ("evaluation", "evaluate"),
-)
+    for line in status_lines(store):
+        print(line)
 
 
 @config_app.command("schema")

@@ -196,7 +196,9 @@ class SelectConfig(Section):
     )
     fraction: float | None = Field(None, gt=0, le=1, description="Share kept; default 0.5.")
     count: int | None = Field(None, gt=0, description="Pairs kept.")
-    threshold: float | None = Field(None, description="Keys from here on are kept.")
+    threshold: float | None = Field(
+        None, allow_inf_nan=False, description="Keys from here on are kept."
+    )
     band: tuple[float, float] | None = Field(
         None,
         description="Quantiles (low, high) of the key between which pairs are kept.",
@@ -266,7 +268,8 @@ class TrainConfig(Section):
         description="Compute in bfloat16; default: what the scores were computed in.",
     )
     order: Literal["shuffled", "easy_to_hard"] = Field(
-        "shuffled", description="easy_to_hard: by selection key, clearest pairs first."
+        "shuffled",
+        description="easy_to_hard: by selection key, from the end that select.keep names on.",
     )
     packed: Literal["auto", "on", "off"] = Field(
         "auto",

@@ -4,6 +4,7 @@ In: a path, `section.key=value` words. Out: a Config, or one ConfigError that na
 Order of precedence: defaults, then the YAML file, then the words.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,41 @@ import yaml
 
 from refscale.config import Config, parse_config
 from refscale.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's booleans and floats: `on` is a word and 1e-5 a number. A key twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value} occurs twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_BOOL = "tag:yaml.org,2002:bool"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), "tTfF")
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    "-+.0123456789",
+)
+
+
+def _parsed(text: str) -> Any:
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def load_config(path: str, overrides: list[str] | None = None) -> Config:
@@ -27,7 +63,7 @@ def load_config(path: str, overrides: list[str] | None = None) -> Config:
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigError(f"cannot read the config {path}: {exc}") from exc
     try:
-        data = yaml.safe_load(text)
+        data = _parsed(text)
     except yaml.YAMLError as exc:
         where = getattr(exc, "problem_mark", None)
         at = f" at line {where.line + 1}" if where else ""
@@ -58,15 +94,9 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     if not equals or not key.strip():
         raise ConfigError(f"--set needs section.key=value, got {override!r}")
     try:
-        parsed = yaml.safe_load(value)
+        parsed = _parsed(value)
     except yaml.YAMLError as exc:
         raise ConfigError(f"--set {key}: {value!r} is not a YAML value") from exc
-    # YAML 1.1 reads 1e-5 as a string: a float without a dot.
-    if isinstance(parsed, str):
-        try:
-            parsed = float(parsed) if "e" in parsed.lower() else parsed
-        except ValueError:
-            pass
     parts = key.strip().split(".")
     node: Any = data
     for i, part in enumerate(parts[:-1]):

@@ -62,7 +62,7 @@ def export_selection(store: Store, out: str | os.PathLike[str]) -> dict[str, Any
             f"{target.store.uri} holds a {CARD} that is not an export's; choose another --out"
         )
     fingerprint = {"selection": selected["identity"], "format": EXPORT_FORMAT}
-    if target.begin(fingerprint):
+    if target.begin(fingerprint) and target.store.exists(CARD):
         return target.require()
     files = {name: file["rows"] for file in selected["files"] if (name := _shard(file)) is not None}
     shards = [name for name, rows in files.items() if rows]

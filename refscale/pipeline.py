@@ -21,8 +21,9 @@ from typing import Any
 from refscale import schema, summary
 from refscale.cluster.runtime import Step, disconnect, run_graph
 from refscale.cluster.trainer import train_on_ray
+from refscale.config import Config
 from refscale.corpus import fragments, preparation
-from refscale.errors import ConfigError, EvaluationError, ScoringError
+from refscale.errors import ConfigError, EvaluationError, FingerprintError, ScoringError
 from refscale.evaluation import holdout
 from refscale.progress import StageProgress, print_counts, print_table, say
 from refscale.run import Run, claim, write_config
@@ -31,7 +32,7 @@ from refscale.selection import passes
 from refscale.selection.order import Decision
 from refscale.selection.radix import RadixSelect, Tally
 from refscale.selection.strategies import Moments
-from refscale.storage.fingerprints import digest, model_fingerprint
+from refscale.storage.fingerprints import digest, first_difference, model_fingerprint
 from refscale.storage.stages import FileRecord, StageFolder
 from refscale.training.log import TrainingProgress
 from refscale.training.options import (
@@ -74,7 +75,7 @@ def prepare(run: Run) -> dict[str, Any]:
     without collecting rows anywhere, and shared prompts are adjacent in a shard.
 
     Raises:
-        CorpusError: A source cannot be read.
+        CorpusError: A source cannot be read, or no pair is left.
         TooManyRefusedError: More than corpus.max_bad_fraction of the rows was refused.
     """
     started = time.monotonic()
@@ -82,8 +83,8 @@ def prepare(run: Run) -> dict[str, Any]:
     plan = preparation.plan(config)
     restart = "prepare" in run.restart
     done = folder.begin(plan.fingerprint, restart=restart)
-    refused.begin(plan.fingerprint, restart=restart)
-    if done:
+    # Where the refused rows alone are damaged, they are read again; the shards stay.
+    if refused.begin(plan.fingerprint, restart=restart) and done:
         return _skipped(folder)
     for line in plan.said:
         say(f"prepare   {line}")
@@ -109,7 +110,7 @@ def prepare(run: Run) -> dict[str, Any]:
         plan.fingerprint,
         [FileRecord.from_dict(record.counts["quarantine"]) for record in records],
         counts=counts.quarantined,
-        seconds=time.monotonic() - started,
+        seconds=folder.spent_s + time.monotonic() - started,
     )
     preparation.check_refused(counts, config.corpus.max_bad_fraction, run.store.uri)
 
@@ -118,19 +119,23 @@ def prepare(run: Run) -> dict[str, Any]:
     ordered = sorted(records, key=lambda record: record.name)
     merge = Step(fragments.merge_bucket(plan, parts, folder, ordered), num_cpus=step_cpus)
     todo = [asdict(bucket) for bucket in buckets if bucket.bucket not in shards]
-    for result in run_graph(todo, [merge]):
-        found = [FileRecord.from_dict(record) for record in json.loads(result["records"])]
-        shards[result["bucket"]] = found
+    settled = sum(record.rows for found in shards.values() for record in found)
+    with StageProgress("prepare", None, "pairs in shards", done=settled) as progress:
+        for result in run_graph(todo, [merge]):
+            found = [FileRecord.from_dict(record) for record in json.loads(result["records"])]
+            shards[result["bucket"]] = found
+            progress.advance(sum(record.rows for record in found))
     files = [record for found in shards.values() for record in found if record.rows]
     counts = preparation.Counts.total(
         [counts.as_dict(), *(r.counts["counts"] for found in shards.values() for r in found)]
     )
     counts.check()
+    preparation.require_kept(counts)
     manifest = folder.finish(
         plan.fingerprint,
         files,
         counts=counts.as_dict(),
-        seconds=time.monotonic() - started,
+        seconds=folder.spent_s + time.monotonic() - started,
         details={"sources": plan.said},
     )
     run.store.delete("corpus/fragments")
@@ -150,11 +155,11 @@ def score(run: Run) -> dict[str, Any]:
     started = time.monotonic()
     config, corpus, folder = run.config, run.folder("corpus"), run.folder("scores")
     parent = corpus.require()
+    _require_encoding(config, parent)
     settings = _scorer_settings(run)
     fingerprint = {
         "corpus": parent["identity"],
-        "model": model_fingerprint(config.model.model_name_or_path, config.model.revision),
-        "adapter": config.model.adapter and model_fingerprint(config.model.adapter, None),
+        **_weights(config),
         "dtype": settings.dtype,
         "path": settings.path,
         "quantization": settings.quantization,
@@ -183,12 +188,35 @@ def score(run: Run) -> dict[str, Any]:
         raise ScoringError(f"the counts of the scored pairs do not add up: {counts}")
     if not counts["scored"]:
         raise ScoringError(f"none of the {counts['pairs']} pairs could be scored: {counts}")
-    details = summary.scoring_details(records, time.monotonic() - started)
-    manifest = folder.finish(
-        fingerprint, records, counts=counts, seconds=time.monotonic() - started, details=details
-    )
+    seconds = folder.spent_s + time.monotonic() - started
+    details = summary.scoring_details(records, seconds)
+    manifest = folder.finish(fingerprint, records, counts=counts, seconds=seconds, details=details)
     print_table("scores", summary.scoring_lines(counts, details))
     return manifest
+
+
+def _weights(config: Config) -> dict[str, Any]:
+    """What identifies the reference model."""
+    model = config.model
+    return {
+        "model": model_fingerprint(model.model_name_or_path, model.revision),
+        "adapter": model.adapter and model_fingerprint(model.adapter, None),
+    }
+
+
+def _require_encoding(config: Config, prepared: dict[str, Any]) -> None:
+    """Refuse a corpus of other token ids than the config's.
+
+    Raises:
+        FingerprintError: Names the field.
+    """
+    stored = {"encoding": prepared["fingerprint"]["encoding"]}
+    name, old, new = first_difference(stored, {"encoding": config.encoding.model_dump()})
+    if name:
+        raise FingerprintError(
+            f"corpus/ was made with {name} = {old}, now it is {new}; set it back, or redo all from"
+            " `refscale prepare --restart` on"
+        )
 
 
 def _score_shards(
@@ -298,7 +326,7 @@ def select(run: Run) -> dict[str, Any]:
         fingerprint,
         [*records, record],
         counts={"kept": sum(r.rows for r in records), "of": facts["num_pairs"]},
-        seconds=time.monotonic() - started,
+        seconds=folder.spent_s + time.monotonic() - started,
         details=facts,
     )
     print_table("selection", summary.selection_lines(facts))
@@ -343,11 +371,14 @@ def train(run: Run) -> dict[str, Any]:
 
     Raises:
         ConfigError: train.eval_steps without a holdout.
+        FingerprintError: The config's model or encoding is not what was scored.
         TrainingError: The start check fails, the loss is not finite, or workers keep dying.
     """
     started = time.monotonic()
     config, folder, policy = run.config, run.folder("training"), run.folder("policy")
     selected, scores = run.folder("selection").require(), run.folder("scores").require()
+    _require_encoding(config, run.folder("corpus").require())
+    _require_reference(config, scores)
     options = config.train.model_dump()
     fingerprint = {
         "selection": selected["identity"],
@@ -397,7 +428,7 @@ def train(run: Run) -> dict[str, Any]:
             checkpoints_kept=config.train.save_total_limit,
         )
     run.store.delete(folder.file(_HOLDOUT))
-    seconds = time.monotonic() - started
+    seconds = folder.spent_s + time.monotonic() - started
     counts = {"pairs": selected["counts"]["kept"], "steps": metrics.get("steps")}
     folder.finish(
         fingerprint,
@@ -413,6 +444,22 @@ def train(run: Run) -> dict[str, Any]:
     return manifest
 
 
+def _require_reference(config: Config, scored: dict[str, Any]) -> None:
+    """Refuse sums of another model than the config's: DPO starts from the one that scored.
+
+    Raises:
+        FingerprintError: Names the file that differs.
+    """
+    weights = _weights(config)
+    stored = {name: scored["fingerprint"][name] for name in weights}
+    name, old, new = first_difference(stored, weights)
+    if name:
+        raise FingerprintError(
+            f"scores/ are those of another model: {name} was {old}, now it is {new}; set"
+            " model.model_name_or_path back, or redo all from `refscale score --restart` on"
+        )
+
+
 def _held_out(run: Run, training: StageFolder) -> list[str]:
     """Write the pairs that training measures itself on into its folder; files by path in the run.
 
@@ -423,7 +470,7 @@ def _held_out(run: Run, training: StageFolder) -> list[str]:
     if not held:
         raise ConfigError(NO_HOLDOUT)
     folder = training.part(_HOLDOUT)
-    last = summary.last_holdout_id(scores, held, config.evaluate.max_pairs)
+    last, held = summary.holdout_sample(scores, held, config.evaluate.max_pairs)
     finished = folder.finished_shards()
     step = Step(passes.hold_out(corpus, scores, folder, last), num_cpus=config.ray.cpus_per_task)
     todo = [{"shard": name} for name in held if name not in finished]
@@ -460,29 +507,38 @@ def evaluate(run: Run) -> dict[str, Any]:
         run.folder("policy").require(),
     )
     run.folder("selection").require()
+    settings = _scorer_settings(run).for_policy(run.store.uri_of("policy"))
     fingerprint = {
         "policy": policy["identity"],
         "scores": scored["identity"],
         "evaluate": config.evaluate.model_dump(),
         "beta": config.train.beta,
+        "dtype": settings.dtype,
+        "path": settings.path,
+        "attn_implementation": settings.attn_implementation,
+        "engine": shard_scoring.engine_version(),
     }
     if folder.begin(fingerprint, restart="evaluate" in run.restart):
         return _skipped(folder)
     held = _holdout_shards(prepared)
     if not held:
         say("evaluate  no holdout: set corpus.holdout_fraction or mark a source holdout: true")
-    settings = _scorer_settings(run).for_policy(run.store.uri_of("policy"))
+    if settings.dtype != scored["fingerprint"]["dtype"]:
+        say(
+            f"evaluate  the reference was scored in {scored['fingerprint']['dtype']} and the policy"
+            f" is in {settings.dtype}: its margins also hold the difference of the two"
+        )
     if config.score.quantization:
         say(
             f"evaluate  the reference was scored in {config.score.quantization} and the policy is"
             " not: its margins also hold the error of that"
         )
-    last = summary.last_holdout_id(scores, held, config.evaluate.max_pairs)
+    last, sample = summary.holdout_sample(scores, held, config.evaluate.max_pairs)
     records = _score_shards(
         run,
         "evaluate",
         settings,
-        held,
+        sample,
         folder,
         shard_scoring.read_pairs(corpus, holdout_up_to=last),
         shard_scoring.publish_evaluation(folder, scores),
@@ -505,7 +561,7 @@ def evaluate(run: Run) -> dict[str, Any]:
         fingerprint,
         records,
         counts={"pairs": sum(record.rows for record in records)},
-        seconds=time.monotonic() - started,
+        seconds=folder.spent_s + time.monotonic() - started,
         details=facts,
     )
     print_table("evaluation", summary.evaluation_lines(facts))

@@ -3,6 +3,7 @@
 In: FileRecords, metrics, facts. Out: JSON values for the manifests, and (name, value) lines.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -26,8 +27,8 @@ def scoring_details(records: Sequence[FileRecord], wall_s: float) -> dict[str, A
 
     Args:
         records: Of the score shards; `counts` as `scoring.ShardScorer` fills them.
-        wall_s: Seconds that this run of the stage took; shards of an earlier run are in the sums
-            but not in it, so rates are taken over the replicas' own seconds.
+        wall_s: Seconds that the stage took, with those of starting; rates are taken over the
+            replicas' own seconds.
 
     Returns:
         JSON values. `useful_tokens` counts a prompt once for all its completions; `flops` are of
@@ -168,19 +169,30 @@ def training_lines(metrics: Mapping[str, Any], seconds: float) -> Lines:
 # -- evaluation ------------------------------------------------------------------------------------
 
 
-def last_holdout_id(scores: StageFolder, shards: Iterable[str], max_pairs: int | None) -> bytes:
+def holdout_sample(
+    scores: StageFolder, held: Mapping[str, int], max_pairs: int | None
+) -> tuple[bytes, dict[str, int]]:
     """The largest pair_id to evaluate, so that at most `max_pairs` scored holdout pairs are.
 
     Ids are hashes: the smallest ones are a sample that no order or shard size changes.
+
+    Args:
+        scores: The scores stage.
+        held: Held-out pairs of each shard that has any.
+        max_pairs: Of the sample; None takes all.
+
+    Returns:
+        That id, and the pairs of each shard that has any of the sample.
     """
     if max_pairs is None:
-        return _LAST_ID
-    ids: list[bytes] = []
-    for shard in shards:
+        return _LAST_ID, dict(held)
+    found: list[tuple[bytes, str]] = []
+    for shard in held:
         table = scores.read_table(f"{shard}.parquet", columns=["pair_id", "split"])
-        ids += table.filter(pc.equal(table["split"], schema.HOLDOUT))["pair_id"].to_pylist()
-        ids = sorted(ids)[:max_pairs]
-    return ids[-1] if ids else _LAST_ID
+        ids = table.filter(pc.equal(table["split"], schema.HOLDOUT))["pair_id"].to_pylist()
+        found = sorted([*found, *((pair_id, shard) for pair_id in ids)])[:max_pairs]
+    counts = Counter(shard for _, shard in found)
+    return (found[-1][0] if found else _LAST_ID), dict(sorted(counts.items()))
 
 
 def read_all(folder: StageFolder, records: Iterable[FileRecord], wanted: pa.Schema) -> pa.Table:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from refscale.errors import SchemaError, TooManyRefusedError
+from refscale.errors import CorpusError, SchemaError, TooManyRefusedError
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,20 @@ class Counts:
                 f" {self.refused}, left out by weight {self.unused}, duplicates"
                 f" {self.duplicates}, contradictions dropped {self.contradictions_dropped}"
             )
+
+
+def require_kept(counts: Counts) -> None:
+    """End a run that has nothing to go on with.
+
+    Raises:
+        CorpusError: No pair is kept.
+    """
+    if not counts.kept:
+        raise CorpusError(
+            f"no pair is left of the {counts.read:,} rows: {counts.refused:,} were refused,"
+            f" {counts.unused:,} left out by weight, {counts.contradictions_dropped:,} dropped as"
+            " contradictions; mend the rows or change the corpus section"
+        )
 
 
 def check_refused(counts: Counts, max_bad_fraction: float, uri: str | None = None) -> None:

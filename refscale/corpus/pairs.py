@@ -20,7 +20,7 @@ from typing import Any
 # Code of a refusal -> what it means. Codes are stable: quarantine tables and scripts hold them.
 REASONS: dict[str, str] = {
     "bad_encoding": "the row is not UTF-8, or holds half of a surrogate pair",
-    "bad_json": "the line is not JSON",
+    "bad_json": "the line is not JSON, or an object in it has a key twice",
     "row_too_large": "the row is larger than corpus.max_row_bytes",
     "wrong_type": "a field, or the row itself, has a type that its shape does not allow",
     "missing_field": "a field that the shape needs is absent",
@@ -250,7 +250,7 @@ def _check_turns(prompt: Any, chosen: Any, rejected: Any) -> None:
     before = None
     for i, message in enumerate(prompt):
         role = message["role"]
-        if role in ("system", "developer") and i and before not in ("system", "developer"):
+        if role == "system" and i and before != "system":
             raise RefusedError("bad_roles", f"prompt message {i} is of {role}, after {before}")
         if role == before and role in ("user", "assistant"):
             raise RefusedError("bad_roles", f"prompt messages {i - 1} and {i} are both of {role}")

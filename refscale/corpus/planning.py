@@ -4,10 +4,9 @@ Costs: the files are hashed (remembered between runs), big json lines files are 
 line starts, the first rows of each source are looked at, and the tokenizer is loaded.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 from refscale.config import Config, CorpusConfig, Source
@@ -19,7 +18,7 @@ from refscale.corpus.sources import LocatedSource, Unit, contents, locate, plan_
 from refscale.errors import CorpusError, ModelError
 
 # Raised when the same rows would be prepared to other bytes: a run made before is then refused.
-CODE_VERSION = 1
+CODE_VERSION = 2
 _SAMPLE_ROWS = 64
 
 
@@ -108,12 +107,15 @@ def plan(config: Config) -> Plan:
 
 def _named(located: list[LocatedSource]) -> list[LocatedSource]:
     """The sources with names of their own: reports and per-source selection tell them apart."""
-    taken: Counter[str] = Counter()
+    own = {found.name for found in located}
+    taken: set[str] = set()
     named = []
     for found in located:
-        taken[found.name] += 1
-        count = taken[found.name]
-        name = found.name if count == 1 else f"{found.name}-{count}"
+        name = found.name
+        numbered = (f"{found.name}-{i}" for i in count(2))
+        while name in taken or (name != found.name and name in own):
+            name = next(numbered)
+        taken.add(name)
         named.append(replace(found, name=name))
     return named
 
@@ -127,6 +129,12 @@ def _look_at(
     if not rows:
         raise CorpusError(f"{where} has no rows; check the file or leave the source out")
     values = [value for _, value, _ in rows]
+    first_line = rows[0][2]
+    objects = any(isinstance(value, dict) for value in values)
+    if first_line is not None and first_line.startswith(b"[") and not objects:
+        raise CorpusError(
+            f"{where} begins like a JSON array, not like a line of json lines; rename it to .json"
+        )
     readable = [value for value in values if not isinstance(value, Refusal)]
     if not readable:
         refusal = values[0]

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from refscale import schema
 from refscale.config import Config
-from refscale.corpus.counts import Counts, check_refused
+from refscale.corpus.counts import Counts, check_refused, require_kept
 from refscale.corpus.encoding import Encoded, Encoder
 from refscale.corpus.pairs import Pair, Refusal, fraction_of, shorten
 from refscale.corpus.planning import Plan, SourceSettings, plan
@@ -33,6 +33,7 @@ __all__ = [
     "check_refused",
     "plan",
     "prepare_unit",
+    "require_kept",
     "settle_bucket",
     "validate_sources",
 ]
@@ -75,12 +76,14 @@ class Validation:
     counts: Counts
 
     def check_refused(self, max_bad_fraction: float) -> None:
-        """As `counts.check_refused`.
+        """As `counts.check_refused` and `counts.require_kept`.
 
         Raises:
             TooManyRefusedError: More than that share of the rows was refused.
+            CorpusError: No pair is kept.
         """
         check_refused(self.counts, max_bad_fraction)
+        require_kept(self.counts)
 
 
 @dataclass

@@ -174,11 +174,24 @@ def _jsonl_rows(part: Part, max_row_bytes: int) -> Iterator[Row]:
 
 def _parsed(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8"))
+        return _loads(line)
     except UnicodeDecodeError as exc:
         return Refusal("bad_encoding", f"byte {exc.start} of the line is not UTF-8")
     except (ValueError, RecursionError) as exc:
         return Refusal("bad_json", shorten(str(exc)))
+
+
+def _loads(data: bytes) -> Any:
+    return json.loads(data.decode("utf-8"), object_pairs_hook=_object)
+
+
+def _object(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(items)
+    if len(found) < len(items):
+        # Which of two values is meant, nobody can tell; json would take the last.
+        twice = next(key for i, (key, _) in enumerate(items) if key in dict(items[:i]))
+        raise ValueError(f"the key {twice!r} occurs twice in an object")
+    return found
 
 
 # -- json array ----------------------------------------------------------------------------------
@@ -198,11 +211,11 @@ def _json_values(part: Part) -> list[Any]:
     with opened(part) as file:
         data = file.read()
     try:
-        values = json.loads(data.removeprefix(_BOM).decode("utf-8"))
+        values = _loads(data.removeprefix(_BOM))
     except (ValueError, RecursionError) as exc:
         raise CorpusError(
-            f"{part.shown} is not a JSON array: {shorten(str(exc))}; as json lines (.jsonl) the"
-            " other rows could be used"
+            f"{part.shown} cannot be read as a JSON array: {shorten(str(exc))}; as json lines"
+            " (.jsonl) the other rows could be used"
         ) from exc
     return cast(list[Any], values)
 
@@ -222,7 +235,9 @@ def _json_rows(part: Part) -> Iterator[tuple[int, Any]]:
 def parquet_groups(part: Part) -> list[tuple[int, int]]:
     """(rows, uncompressed bytes) of each row group."""
     with arrow_input(part) as file:
-        meta = pq.ParquetFile(file).metadata
+        parquet = pq.ParquetFile(file)
+        _refuse_twins(part, parquet.schema_arrow)
+        meta = parquet.metadata
         groups = [meta.row_group(i) for i in range(meta.num_row_groups)]
         return [(group.num_rows, group.total_byte_size) for group in groups]
 
@@ -248,7 +263,11 @@ def _parquet_rows(part: Part) -> Iterator[tuple[int, Any]]:
 def arrow_batches(part: Part) -> list[tuple[int, int]]:
     """(rows, bytes) of each record batch."""
     with arrow_input(part) as file:
-        return [(batch.num_rows, batch.nbytes) for batch in _record_batches(file)]
+        found = []
+        for batch in _record_batches(file):
+            _refuse_twins(part, batch.schema)
+            found.append((batch.num_rows, batch.nbytes))
+        return found
 
 
 def _record_batches(file: pa.NativeFile) -> Iterator[pa.RecordBatch]:
@@ -277,9 +296,37 @@ def _batch_rows(
             return
         low, high = max(start - at, 0), min(stop - at, batch.num_rows)
         for piece in range(low, high, _BATCH_ROWS):
-            rows = batch.slice(piece, min(_BATCH_ROWS, high - piece)).to_pylist()
-            yield from enumerate(rows, at + piece)
+            rows = batch.slice(piece, min(_BATCH_ROWS, high - piece))
+            try:
+                values = rows.to_pylist()
+            except (ValueError, OverflowError):
+                values = list(_rows_one_by_one(rows))
+            yield from enumerate(values, at + piece)
         at += batch.num_rows
+
+
+def _rows_one_by_one(batch: pa.RecordBatch) -> Iterator[Any]:
+    """The rows of a batch of which some hold what Python has no value for."""
+    for i in range(batch.num_rows):
+        row: dict[str, Any] = {}
+        refusal = None
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            try:
+                row[name] = column[i].as_py()
+            except UnicodeDecodeError as exc:
+                refusal = Refusal("bad_encoding", f"byte {exc.start} of {name} is not UTF-8")
+            except (ValueError, OverflowError) as exc:
+                refusal = Refusal("wrong_type", f"{name} is a {column.type}: {shorten(str(exc))}")
+        yield refusal or row
+
+
+def _refuse_twins(part: Part, table: pa.Schema) -> None:
+    """Refuse a table of which two columns have one name: a row would hold the last one alone."""
+    twice = sorted({name for name in table.names if table.names.count(name) > 1})
+    if twice:
+        raise CorpusError(
+            f"{part.shown} has several columns named {', '.join(twice)}; rename all but one"
+        )
 
 
 def _dataset_rows(part: Part) -> Iterator[tuple[int, Any]]:

@@ -37,13 +37,15 @@ def first_difference(old: Any, new: Any, prefix: str = "") -> tuple[str, Any, An
     """Dotted name, old and new value of the first field that differs; an empty name if none."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*new, *(key for key in old if key not in new)]:
-            name = f"{prefix}.{key}" if prefix else key
+            name = f"{prefix}.{key}" if prefix else str(key)
             if key not in old or key not in new:
                 return name, old.get(key, "absent"), new.get(key, "absent")
             found = first_difference(old[key], new[key], name)
             if found[0]:
                 return found
         return "", None, None
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return first_difference(dict(enumerate(old)), dict(enumerate(new)), prefix)
     return (prefix, old, new) if old != new else ("", None, None)
 
 

@@ -78,6 +78,8 @@ class StageFolder:
 
     def __init__(self, store: Store, stage: str) -> None:
         self.store, self.stage = store, stage
+        # Seconds that earlier commands worked on the unfinished stage; known after `begin`.
+        self.spent_s = 0.0
         self._claim: tuple[str, str] | None = None  # path of the STAGE.json, token
 
     def part(self, name: str) -> "StageFolder":
@@ -203,11 +205,14 @@ class StageFolder:
             StorageError: The folder holds files that are not of this stage.
         """
         stage_file = self.file(STAGE_FILE)
+        self.spent_s = 0.0
         if self.store.exists(stage_file):
             if restart:
                 self._clear()
             else:
-                self._compare(self.store.read_json(stage_file), fingerprint)
+                stored = self.store.read_json(stage_file)
+                self._compare(stored, fingerprint)
+                self.spent_s = stored.get("spent_s", 0.0) + self._worked_s()
         else:
             strangers = self.store.list_files(self.stage, recursive=True)
             if strangers:
@@ -225,9 +230,18 @@ class StageFolder:
                 "format_version": FORMAT_VERSION,
                 "fingerprint": fingerprint,
                 "claim": self._claim[1],
+                "spent_s": round(self.spent_s, 3),
             },
         )
         return False
+
+    def _worked_s(self) -> float:
+        """Seconds from the last claim to the last file under it, by the store's own clock."""
+        files = self.store.listing(self.stage, recursive=True)
+        claimed = files.get(self.file(STAGE_FILE))
+        if claimed is None or claimed.mtime_ns is None:  # a store without a clock
+            return 0.0
+        return (max(info.mtime_ns for info in files.values()) - claimed.mtime_ns) / 1e9
 
     def _clear(self) -> None:
         """Delete all but STAGE.json, which keeps the folder ours if this is broken off."""
@@ -287,13 +301,16 @@ class StageFolder:
             return f"use another {self._place}, or delete {self.stage}/"
         return f"use another {self._place}, or redo it with `refscale {self._command} --restart`"
 
-    def finished_shards(self) -> dict[str, FileRecord]:
-        """Records of the shards that are done and undamaged, by shard name."""
-        names = [
+    def recorded_shards(self) -> list[str]:
+        """Paths of the records of shards, whether their files are still undamaged or not."""
+        return [
             name
             for name in self.store.list_files(self.stage)
             if name.endswith(".json") and PurePosixPath(name).name not in (MANIFEST, STAGE_FILE)
         ]
+
+    def finished_shards(self) -> dict[str, FileRecord]:
+        """Records of the shards that are done and undamaged, by shard name."""
 
         def verified(name: str) -> tuple[str, FileRecord] | None:
             try:
@@ -303,7 +320,7 @@ class StageFolder:
             return None if self._is_damaged(record) else (PurePosixPath(name).stem, record)
 
         with ThreadPoolExecutor(8) as pool:
-            return dict(pair for pair in pool.map(verified, names) if pair)
+            return dict(pair for pair in pool.map(verified, self.recorded_shards()) if pair)
 
     def finish(
         self,
@@ -315,6 +332,13 @@ class StageFolder:
         details: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Write the manifest: the stage is done.
+
+        Args:
+            fingerprint: As for `begin`.
+            files: All that the stage consists of.
+            counts: JSON values.
+            seconds: That all commands together worked on it.
+            details: JSON values.
 
         Returns:
             The manifest. Its `identity` is a digest of fingerprint and contents, which the next
@@ -371,6 +395,16 @@ class StageFolder:
             advice = f"; run {' or '.join(ways)} first" if ways else ""
             raise StorageError(f"{self.stage}/ in {self.store.uri} is not finished{advice}")
         return manifest
+
+    def lost(self, manifest: Mapping[str, Any]) -> list[str]:
+        """Names of the manifest's files that are missing or of another size; reads none of them."""
+        found = self.store.listing(self.stage, recursive=True)
+        return [
+            record["name"]
+            for record in manifest["files"]
+            if (info := found.get(self.file(record["name"]))) is None
+            or info.size != record["bytes"]
+        ]
 
     def damaged(self, manifest: Mapping[str, Any]) -> list[str]:
         """Names of the manifest's files that are missing or differ from their record."""

@@ -164,11 +164,18 @@ class Store:
 
     def list_files(self, folder: str, *, recursive: bool = False) -> list[str]:
         """Relative paths of the files in `folder`, sorted; hidden and temporary ones left out."""
+        return sorted(self.listing(folder, recursive=recursive))
+
+    def listing(self, folder: str, *, recursive: bool = False) -> dict[str, pafs.FileInfo]:
+        """As `list_files`, with what the filesystem knows of each file, in any order."""
         selector = pafs.FileSelector(self.path(folder), allow_not_found=True, recursive=recursive)
         infos = self.attempt(f"list {folder}", lambda: self._filesystem[0].get_file_info(selector))
         root = len(self.path("")) + 1
-        names = [info.path[root:] for info in infos if info.type == pafs.FileType.File]
-        return sorted(name for name in names if not PurePosixPath(name).name.startswith("."))
+        return {
+            info.path[root:]: info
+            for info in infos
+            if info.type == pafs.FileType.File and not PurePosixPath(info.path).name.startswith(".")
+        }
 
     # -- reading -----------------------------------------------------------------------------
 

@@ -6,11 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import yaml
 from support import string_pairs, write_jsonl
 
 from refscale.cli import main
+from refscale.storage.stages import StageFolder
+from refscale.storage.store import Store
 
 
 @pytest.fixture
@@ -143,3 +146,85 @@ def test_bench_lists_the_benchmarks_with_what_each_answers(capsys, arguments):
 def test_a_benchmark_that_is_none_is_exit_code_2_and_names_the_others(capsys):
     assert main(["bench", "speed"]) == 2
     assert "no benchmark 'speed'; known: audit, cluster, compare" in capsys.readouterr().err
+
+
+def stage(run, name, fingerprint, *, rows=10, seconds=2.0, counts=None, done=True):
+    """A stage's folder with a shard of `rows` rows; its identity if it is done."""
+    folder = StageFolder(run, name)
+    folder.begin(fingerprint, restart=run.exists(f"{name}/STAGE.json"))
+    record = folder.commit_shard("shard-0", pa.table({"x": list(range(rows))}))
+    if done:
+        made = folder.finish(fingerprint, [record], counts=counts or {}, seconds=seconds)
+        return made["identity"]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The folders of a run whose training is done."""
+    run = Store(tmp_path / "run")
+    run.write_bytes("config.yaml", b"")
+    corpus = stage(run, "corpus", {})
+    scores = stage(run, "scores", {"corpus": corpus})
+    selection = stage(run, "selection", {"scores": scores})
+    stage(run, "policy", {"selection": selection}, rows=0, counts={"steps": 30})
+    return run
+
+
+def status(run, capsys):
+    assert main(["status", run.uri]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_status_says_how_far_each_stage_is(run, capsys):
+    lines = status(run, capsys)
+    assert lines[1].startswith("score     done: 10 rows in 2.0 s, 5.0 rows/s (finished ")
+    assert lines[3].startswith("train     done: 30 steps in 2.0 s (finished ")
+    assert lines[4:] == ["evaluate  not done", "next: refscale evaluate"]
+
+
+def test_status_of_what_is_being_worked_on_counts_what_there_is(run, capsys):
+    corpus = StageFolder(run, "corpus")
+    corpus.begin({}, restart=True)
+    for i in range(3):
+        corpus.part("fragments").commit_bytes(f"unit-{i}", ".arrow", b"x", rows=1)
+    StageFolder(run, "policy").begin({}, restart=True)
+    stage(run, "scores", {"corpus": "x"}, done=False)
+    lines = status(run, capsys)
+    assert lines[0] == "prepare   unfinished, 3 unit(s) read, 0 shard(s) done"
+    assert lines[1] == "score     unfinished, 1 shard(s) done"
+    assert lines[3] == "train     begun"
+    StageFolder(run, "training").begin({})
+    run.write_bytes("training/log.jsonl", b'{"step": 7, "max_steps": 20}\n')
+    assert status(run, capsys)[3] == "train     unfinished, step 7 of 20"
+
+
+def test_status_tells_a_stage_that_was_made_from_another_one(run, capsys):
+    stage(run, "corpus", {"seed": 1})
+    lines = status(run, capsys)
+    assert lines[1].startswith("score     STALE: made from another corpus/; 10 rows")
+    assert lines[-1] == "next: refscale score --restart"
+
+
+def test_status_names_damage_and_an_unreadable_manifest(run, capsys):
+    run.write_bytes("selection/shard-0.parquet", b"cut")
+    run.write_bytes("scores/MANIFEST.json", b"{")
+    lines = status(run, capsys)
+    assert lines[1].startswith("score     DAMAGED: scores/MANIFEST.json")
+    assert lines[2].startswith("select    DAMAGED: shard-0.parquet; 10 rows")
+    assert lines[-1] == "next: refscale score"
+
+
+def test_a_report_of_before_is_not_the_end(run, capsys):
+    manifests = {name: StageFolder(run, name).require() for name in ("policy", "scores")}
+    parents = {name: manifest["identity"] for name, manifest in manifests.items()}
+    stage(run, "evaluation", parents)
+    run.write_bytes("report.html", b"")
+    run.write_json("report.json", {"finished": "2026-01-01T00:00:00Z"})
+    assert status(run, capsys)[-1] == "next: refscale report"
+    run.write_json("report.json", {"finished": "9999-01-01T00:00:00Z"})
+    assert status(run, capsys)[-1] == "complete"
+
+
+def test_validate_of_a_corpus_of_which_nothing_is_left_fails(config, capsys):
+    assert main(["validate", str(config), "--set", "corpus.sources.0.weight=1e-9"]) == 2
+    assert "no pair is left of the 10 rows: 0 were refused, 10 left" in capsys.readouterr().err

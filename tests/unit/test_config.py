@@ -40,6 +40,7 @@ def test_default_selection_is_the_largest_half_by_mean_margin(write):
         ("corpus.sources.0.formt=hh", "did you mean format?"),
         ("corpus.sources.7.format=hh", "'7' is not an index below 1"),
         ("select.fraction=10", "select.fraction: input should be less than or equal to 1, got 10"),
+        ("select.threshold=.nan", "select.threshold: input should be a finite number, got nan"),
         ("select.keep=band", "keep: band and band: [low, high] go together"),
         ("ray.replicas={min: 3, max: 1}", "min 3 is larger than max 1"),
         ("train.deepspeed=zero4", "train.deepspeed: got 'zero4'; did you mean zero3? It must be"),
@@ -94,6 +95,28 @@ def test_an_overriding_size_replaces_the_files(write):
     path = write({**MINIMAL, "select": {"keep": "band", "band": [0.2, 0.5]}})
     select = load_config(path, ["select.keep=largest", "select.count=7"]).select
     assert (select.band, select.count) == (None, 7)
+
+
+@pytest.mark.parametrize("packed", ["on", "off"])
+def test_on_and_off_are_words_in_the_file_and_on_the_command_line(write, packed):
+    text = yaml.safe_dump(MINIMAL) + f"train: {{packed: {packed}}}\n"
+    assert load_config(write(text)).train.packed == packed
+    assert load_config(write(MINIMAL), [f"train.packed={packed}"]).train.packed == packed
+
+
+def test_a_number_with_an_exponent_is_one_also_where_any_value_goes(write):
+    text = (
+        yaml.safe_dump(MINIMAL) + "train: {trl: {adam_epsilon: 1e-8}, peft: {lora_dropout: .1}}\n"
+    )
+    train = load_config(write(text), ["train.trl.adam_beta2=9.5E-1"]).train
+    assert train.trl == {"adam_epsilon": 1e-8, "adam_beta2": 0.95}
+    assert train.peft == {"lora_dropout": 0.1}
+
+
+def test_a_section_that_is_written_twice_is_refused(write):
+    text = "train: {beta: 0.2}\n" + yaml.safe_dump(MINIMAL) + "train: {seed: 1}\n"
+    with pytest.raises(ConfigError, match="at line 7: the key train occurs twice"):
+        load_config(write(text))
 
 
 @pytest.mark.parametrize("text", ["a: [", "- 1", "", "model: {}"])

@@ -194,6 +194,17 @@ def test_an_export_that_broke_off_goes_on_and_a_done_one_stays(
     assert len(load(tmp_path / "out")) == 6
 
 
+def test_a_card_that_is_gone_is_written_again(tmp_path: Path) -> None:
+    store = make_run(tmp_path / "run", [strings(0, 3)])
+    before = export_selection(store, tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_bytes()
+    (tmp_path / "out/README.md").unlink()
+    assert export_selection(store, tmp_path / "out")["identity"] == before["identity"]
+    assert (tmp_path / "out/README.md").read_bytes() == card
+    names = sorted(path.name for path in (tmp_path / "out/data").iterdir())
+    assert names == ["MANIFEST.json", "STAGE.json", "shard-00000.parquet"]
+
+
 def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="run `refscale select`"):
         export_selection(Store(str(tmp_path / "none")), tmp_path / "out")

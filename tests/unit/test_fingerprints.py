@@ -10,6 +10,11 @@ def test_first_difference_names_the_nested_field():
     assert first_difference({"a": {"b": 1}}, {"a": {"b": 2}}) == ("a.b", 1, 2)
     assert first_difference({"a": 1}, {"a": 1, "c": 2}) == ("c", "absent", 2)
     assert first_difference({"a": 1}, {"a": 1})[0] == ""
+    sources = [{"name": "x", "contents": {"a.jsonl": "1"}}, {"name": "y"}]
+    changed = [{"name": "x", "contents": {"a.jsonl": "2"}}, {"name": "y"}]
+    found = first_difference({"sources": sources}, {"sources": changed})
+    assert found == ("sources.0.contents.a.jsonl", "1", "2")
+    assert first_difference({"a": [1]}, {"a": [1, 2]}) == ("a", [1], [1, 2])
 
 
 def test_digest_ignores_the_order_of_keys():

@@ -229,9 +229,10 @@ def test_a_source_is_named_by_its_path(tmp_path):
         ("rows.csv", b"a,b", "no known format"),
         ("bad.parquet", b"PAR1junk", "bad.parquet cannot be read as parquet"),
         ("bad.arrow", b"junk", "bad.arrow cannot be read as arrow"),
-        ("bad.json", b"[1, 2", "not a JSON array"),
+        ("bad.json", b"[1, 2", "cannot be read as a JSON array"),
         ("bad.jsonl.gz", gzip.compress(b'{"x": 1}\n' * 99)[:-9], "bad.jsonl.gz cannot be read"),
         ("bad.jsonl.zst", b"junk", "bad.jsonl.zst cannot be read"),
+        ("cut.jsonl.zst", zstandard.compress(b'{"x": 1}\n' * 99)[:-3], "zst .*is it complete"),
         ("ftp://host/x.jsonl", None, "cannot open|cannot be opened"),
     ],
 )
@@ -253,3 +254,47 @@ def test_contents_follow_the_files_bytes(tmp_path):
     text = path.read_text()
     path.write_text(text[:-2] + " }"[::-1] if random.Random(0).random() > 1 else text + "\n")
     assert contents(locate(Source(path=str(path)), 0)) != before
+
+
+def test_a_zstd_file_cut_off_between_two_lines_is_no_shorter_corpus(tmp_path):
+    lines = [json.dumps(row).encode() + b"\n" for row in ROWS]
+    compressor = zstandard.ZstdCompressor().compressobj()
+    head = compressor.compress(b"".join(lines[:100]))
+    head += compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)  # all lines so far, no end of frame
+    (tmp_path / "rows.jsonl.zst").write_bytes(head)
+    with pytest.raises(CorpusError, match="is it complete"):
+        read(tmp_path / "rows.jsonl.zst")
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_table_with_two_columns_of_one_name_is_refused(tmp_path, suffix):
+    table = pa.table([["p"], ["a"], ["b"], ["c"]], names=["prompt", "chosen", "rejected", "chosen"])
+    path = tmp_path / f"twins.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(CorpusError, match="several columns named chosen; rename all but one"):
+        read(path)
+
+
+def test_values_that_python_does_not_have_refuse_their_row_alone(tmp_path):
+    offsets, data = pa.array([0, 1, 3, 4], pa.int32()).buffers()[1], pa.py_buffer(b"a\xff\xfeb")
+    text = pa.Array.from_buffers(pa.string(), 3, [None, offsets, data])
+    when = pa.array([0, 0, 1 << 62], pa.timestamp("us"))  # of the year 148,000
+    pq.write_table(pa.table({"text": text, "when": when}), tmp_path / "odd.parquet")
+    rows = [row for _, row in read(tmp_path / "odd.parquet")[0]]
+    assert rows[0]["text"] == "a"
+    assert rows[1] == Refusal("bad_encoding", "byte 0 of text is not UTF-8")
+    assert rows[2].reason == "wrong_type" and "when is a timestamp[us]" in rows[2].detail
+
+
+@pytest.mark.parametrize(
+    "line", ['{"chosen": "a", "chosen": "b"}', '{"prompt": [{"role": "user", "role": "system"}]}']
+)
+def test_a_key_that_occurs_twice_refuses_the_row(tmp_path, line):
+    (tmp_path / "rows.jsonl").write_text(line + '\n{"x": {"chosen": 1}, "chosen": 2}\n')
+    (_, refused), (_, row) = read(tmp_path / "rows.jsonl")[0]
+    assert refused.reason == "bad_json" and "occurs twice" in refused.detail
+    assert row == {"x": {"chosen": 1}, "chosen": 2}

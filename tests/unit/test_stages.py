@@ -229,3 +229,34 @@ def test_leftovers_of_a_killed_writer_are_swept(folder):
     open(leftover, "wb").write(b"half a shard")
     folder.begin({})
     assert not os.path.exists(leftover)
+
+
+def claimed_at(folder, age_s):
+    """Make the last claim that old."""
+    path = folder.store.path(folder.file("STAGE.json"))
+    at = os.stat(path).st_mtime - age_s
+    os.utime(path, (at, at))
+
+
+def test_the_seconds_of_commands_that_broke_off_are_known_to_the_next(folder):
+    folder.begin({"model": "a"})
+    assert folder.spent_s == 0
+    folder.commit_shard("shard-0", TABLE)
+    claimed_at(folder, 100)
+    second = StageFolder(folder.store, "scores")
+    second.begin({"model": "a"})
+    assert second.spent_s == pytest.approx(100, abs=5)
+    claimed_at(folder, 50)  # and died before its first file
+    third = StageFolder(folder.store, "scores")
+    third.begin({"model": "a"})
+    assert third.spent_s == pytest.approx(150, abs=10)
+    third.begin({"model": "b"}, restart=True)
+    assert third.spent_s == 0
+
+
+def test_lost_files_are_found_by_their_size_without_being_read(folder):
+    manifest = finished(folder)
+    assert folder.lost(manifest) == []
+    os.unlink(folder.store.path("scores/shard-1.parquet"))
+    folder.store.write_bytes("scores/shard-2.parquet", b"cut")
+    assert folder.lost(manifest) == ["shard-1.parquet", "shard-2.parquet"]
