@@ -316,12 +316,13 @@ def rank_main(plan: dict[str, Any]) -> None:
         }
     ).model_dump()
     arguments = dpo_arguments(
-        {**train, "trl": {"save_strategy": "no"}},
+        train,
         output_dir=plan["run"],
         device=device,
         bf16=plan["bf16"],
         max_length=plan["max_length"],
     )
+    arguments["save_strategy"] = "no"
     arguments["precompute_ref_log_probs"] = plan["trainer"] != "trl, reference"
     args = DPOConfig(**arguments, **join_ranks(arguments, device))
     settings = WorkerSettings(

@@ -164,21 +164,32 @@ class Generator:
             ConfigError: As `reply`.
             EvaluationError: As `reply`.
         """
+        if not (math.isfinite(temperature) and temperature >= 0):
+            raise ConfigError(f"a temperature must be at least 0, got {temperature}")
+        context = getattr(self._model.config, "max_position_embeddings", None) or math.inf
+        rooms = [min(self.settings.max_new_tokens, context - len(prompt)) for prompt in prompts]
+        if rooms and min(rooms) < 1:
+            raise EvaluationError(
+                f"a conversation of {max(map(len, prompts))} tokens fills the model's context of"
+                f" {context}; shorten the questions or lower max_new_tokens, which earlier turns"
+                " took up"
+            )
+        found: dict[int, Completion] = {}
+        # One that nearly fills the context must not cut short those beside it.
+        for room in sorted(set(rooms)):
+            alike = [i for i, mine in enumerate(rooms) if mine == room]
+            said = self._generate([prompts[i] for i in alike], int(room), temperature, seed)
+            found.update(zip(alike, said, strict=True))
+        return [found[i] for i in range(len(prompts))]
+
+    def _generate(
+        self, prompts: Sequence[Sequence[int]], room: int, temperature: float, seed: int
+    ) -> list[Completion]:
+        """At most `room` tokens after each prompt."""
         import torch
         from transformers import GenerationConfig
 
-        if not (math.isfinite(temperature) and temperature >= 0):
-            raise ConfigError(f"a temperature must be at least 0, got {temperature}")
-        if not prompts:
-            return []
         length = max(map(len, prompts))
-        context = getattr(self._model.config, "max_position_embeddings", None) or math.inf
-        room = min(self.settings.max_new_tokens, context - length)
-        if room < 1:
-            raise EvaluationError(
-                f"a conversation of {length} tokens fills the model's context of {context}; shorten"
-                " the questions or lower max_new_tokens, which earlier turns took up"
-            )
         pad = self._tokenizer.pad_token_id
         padded = [[pad] * (length - len(prompt)) + list(prompt) for prompt in prompts]
         seen = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
@@ -194,7 +205,7 @@ class Generator:
                 input_ids=torch.tensor(padded, device=device),
                 attention_mask=torch.tensor(seen, device=device),
                 generation_config=GenerationConfig(
-                    max_new_tokens=int(room),
+                    max_new_tokens=room,
                     pad_token_id=pad,
                     eos_token_id=self._stops,
                     repetition_penalty=1.0,

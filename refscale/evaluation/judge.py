@@ -15,7 +15,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -30,6 +30,7 @@ from refscale.storage.store import Store
 
 Messages = Sequence[Mapping[str, str]]
 
+_FOLDER = "judgements"  # of the run
 _LONGEST_PAUSE_S = 60.0
 _LONGEST_RETRY_AFTER_S = 600.0
 
@@ -238,15 +239,14 @@ class Judge:
     Args:
         config: The endpoint.
         store: Run folder that replies are kept in.
-        folder: Folder in it.
 
     Raises:
         ConfigError: The environment variable of the key is named but not set.
     """
 
-    def __init__(self, config: JudgeConfig, store: Store, folder: str = "judgements") -> None:
+    def __init__(self, config: JudgeConfig, store: Store) -> None:
         self.config, self.usage = config, Usage()
-        self._store, self._folder = store, folder
+        self._store = store
         key: str | None = None
         if config.api_key_env is not None:
             key = os.environ.get(config.api_key_env, "").strip()
@@ -260,17 +260,11 @@ class Judge:
         self._not_before = 0.0
         self._stop = threading.Event()
 
-    def ask(
-        self,
-        conversations: Sequence[Messages],
-        *,
-        on_done: Callable[[Judgement], None] | None = None,
-    ) -> list[Judgement]:
+    def ask(self, conversations: Sequence[Messages]) -> list[Judgement]:
         """The judge's replies, in order; equal requests are asked once.
 
         Args:
             conversations: Chat messages of each request.
-            on_done: Called in this thread with each judgement as it comes.
 
         Raises:
             EvaluationError: The endpoint refuses us as such (key, model, address). What had been
@@ -295,8 +289,6 @@ class Judge:
                         continue
                     done[judgement.key] = judgement
                     self.usage.add(judgement)
-                    if on_done is not None:
-                        on_done(judgement)
             except BaseException:
                 # Leave after the requests in flight, not after the whole queue.
                 self._stop.set()
@@ -322,7 +314,7 @@ class Judge:
         return {name: value for name, value in body.items() if value is not None}
 
     def _judge(self, key: str, body: dict[str, Any]) -> Judgement:
-        path = f"{self._folder}/{key[:2]}/{key}.json"
+        path = f"{_FOLDER}/{key[:2]}/{key}.json"
         kept = self._kept(path, key)
         if kept is not None:
             return kept

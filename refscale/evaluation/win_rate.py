@@ -9,12 +9,13 @@ Completions are greedy, from the very token ids that training saw as prompts.
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from refscale.errors import EvaluationError
 from refscale.evaluation.generation import Completion, CompletionStep, GeneratorSettings
 from refscale.evaluation.grading import compare
 from refscale.evaluation.judge import Judge, JudgeConfig
@@ -31,6 +32,23 @@ _CATEGORY = "holdout"
 _PROMPT_COLUMNS = ["pair_id", "split", "prompt_ids", "conversational", "prompt"]
 
 
+@dataclass(frozen=True)
+class WinRate:
+    """What `comparison.compare` calls with each arm's run.
+
+    Attributes:
+        settings: All that the numbers depend on beside the run, as JSON values.
+        measure: See `win_rate`.
+    """
+
+    settings: dict[str, Any]
+    measure: Callable[["Run"], dict[str, Any]]
+
+    def __call__(self, run: "Run") -> Mapping[str, Any]:
+        """The numbers of one arm."""
+        return self.measure(run)
+
+
 def win_rate(
     judge: JudgeConfig | None = None,
     *,
@@ -38,8 +56,8 @@ def win_rate(
     max_new_tokens: int = 256,
     batch_size: int = 8,
     judge_prompts: str | None = None,
-) -> Callable[["Run"], Mapping[str, Any]]:
-    """What `comparison.compare` calls with each arm's run.
+) -> WinRate:
+    """Lengths and, with a judge, the win rate of an arm against the reference model.
 
     Args:
         judge: The endpoint; None measures lengths alone.
@@ -49,15 +67,32 @@ def win_rate(
         judge_prompts: A judge_prompts.jsonl; None for the package's own.
 
     Returns:
-        A function of a run; it returns `{"mean_tokens", "cut_share", "reference_mean_tokens"}`, and
-        with a judge `"against_reference"` (the overall score of `grading.compare`) and `"usage"`.
+        For a run it gives `{"num_prompts", "mean_tokens", "cut_share", "reference_mean_tokens"}`,
+        and with a judge `"against_reference"` (the overall score of `grading.compare`) and
+        `"usage"`.
     """
     prompts = load_judge_prompts(judge_prompts)
+    settings = {
+        "num_prompts": num_prompts,
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+        "judge": None
+        if judge is None
+        else {
+            "endpoint": digest(judge.base_url),  # an address may hold a name and a password
+            **judge.model_dump(include={"model", "temperature", "max_tokens", "extra"}),
+            "prompts": digest([asdict(prompts[name]) for name in sorted(prompts)]),
+        },
+    }
     once = threading.Lock()
 
     def measure(run: "Run") -> dict[str, Any]:
         shared = run.shared or run.store
         asked = _holdout_prompts(run.folder("corpus"), num_prompts)
+        if not asked:
+            raise EvaluationError(
+                "no held-out pair has a prompt to complete; compare without a judge"
+            )
         common: dict[str, Any] = {
             "dtype": run.config.model.dtype,
             "attn_implementation": run.config.model.attn_implementation,
@@ -100,7 +135,7 @@ def win_rate(
             result["usage"] = asking.usage.to_json(judge)
         return result
 
-    return measure
+    return WinRate(settings, measure)
 
 
 def _holdout_prompts(corpus: StageFolder, limit: int) -> list[dict[str, Any]]:

@@ -18,19 +18,20 @@ when its numbers are kept: 30 policies of a small model already fill a disk.
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 
 from refscale.config import Config
-from refscale.errors import ConfigError, EvaluationError
+from refscale.errors import ConfigError, EvaluationError, FingerprintError
 from refscale.experiments.arms import FULL, Arm, arm_config, grid, parse_arm
 from refscale.experiments.statistics import summarise
 from refscale.progress import say
 from refscale.report.comparison_page import lines, render_html
 from refscale.schema import EVALUATION
 from refscale.secrets import refuse_secrets
+from refscale.storage.fingerprints import first_difference
 from refscale.storage.locks import RunLock
 from refscale.storage.stages import StageFolder
 from refscale.storage.store import Store
@@ -53,6 +54,17 @@ OUTCOMES = pa.schema(
 MEASURES = tuple(OUTCOMES.names[2:])
 
 
+class Extra(Protocol):
+    """More measurements of an arm's policy, for example `win_rate`; must resume by itself."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that the numbers depend on beside the run, as JSON values."""
+
+    def __call__(self, run: "Run") -> Mapping[str, Any]:
+        """The numbers of one arm, as JSON values."""
+
+
 # -- running it ------------------------------------------------------------------------------------
 
 
@@ -65,7 +77,7 @@ def compare(
     parallel: int | None = None,
     keep_policies: bool = False,
     restart: bool = False,
-    extra: Callable[["Run"], Mapping[str, Any]] | None = None,
+    extra: Extra | None = None,
 ) -> dict[str, Any]:
     """Train and evaluate every arm with every seed, and write the comparison.
 
@@ -77,8 +89,8 @@ def compare(
         parallel: Arms trained side by side; None for as many as the cluster fits.
         keep_policies: Keep every arm's policy and checkpoints.
         restart: Redo all arms, and the reference model's completions.
-        extra: Called with an arm's run while its policy is still there, for example `win_rate`;
-            what it returns is kept under "extra". It must resume by itself.
+        extra: Called with an arm's run while its policy is still there; what it returns is kept
+            under "extra".
 
     Returns:
         What is written to comparison.json.
@@ -86,7 +98,8 @@ def compare(
     Raises:
         ConfigError: An arm cannot be read, there is no seed, something is given twice, or the
             config or the folder's URI holds a secret.
-        FingerprintError: An arm was made with other settings; names the field.
+        FingerprintError: An arm was made, or its completions were, with other settings; names the
+            field.
         EvaluationError: There is no held-out pair.
     """
     parsed = _checked([parse_arm(text) for text in (arms or grid())], seeds)
@@ -111,6 +124,8 @@ def compare(
                 store.delete("arms")
                 store.delete("reference_completions")
             jobs = [(arm, seed) for seed in seeds for arm in parsed]
+            if extra is not None:
+                _check_extra(store, jobs, extra.settings)
             left = sum(_result(store, *job).manifest() is None for job in jobs)
             # Connected before the threads begin, and not at all where nothing is left to do.
             at_once = min(left, parallel or _fitting(run), len(jobs)) if left else 1
@@ -213,7 +228,7 @@ def _run_arm(
     seed: int,
     *,
     keep_policies: bool,
-    extra: Callable[["Run"], Mapping[str, Any]] | None,
+    extra: Extra | None,
 ) -> dict[str, Any]:
     """Select, train and evaluate one arm; the manifest of its results."""
     from refscale import pipeline
@@ -239,7 +254,7 @@ def _run_arm(
         table = outcomes(_evaluation_table(mine.folder("evaluation")), config.train.beta)
         details = _details(run, selected, trained, evaluated)
         if extra is not None:
-            details["extra"] = dict(extra(mine))
+            details["extra"] = {**extra(mine), "settings": extra.settings}
         result.finish(
             fingerprint,
             [result.publish_table("outcomes.parquet", table)],
@@ -254,6 +269,27 @@ def _run_arm(
     if extra is not None and "extra" not in manifest["details"]:
         say(f"compare   {arm.text}, seed {seed} is finished without completions; see --restart")
     return manifest
+
+
+def _check_extra(
+    store: Store, jobs: Sequence[tuple[Arm, int]], settings: Mapping[str, Any]
+) -> None:
+    """Refuse to show arms side by side whose completions were made or judged differently.
+
+    Raises:
+        FingerprintError: Names the arm and the field. Its policy is gone.
+    """
+    for arm, seed in jobs:
+        manifest = _result(store, arm, seed).manifest()
+        made = manifest["details"].get("extra") if manifest is not None else None
+        if made is None:
+            continue
+        name, old, new = first_difference(made.get("settings", {}), settings)
+        if name:
+            raise FingerprintError(
+                f"the completions of {arm.text}, seed {seed}, were made with {name} = {old}, now it"
+                f" is {new}; set it back, or redo all arms with --restart"
+            )
 
 
 def _details(

@@ -24,7 +24,7 @@ def load_selection(files: list[str], cache_dir: str | None = None) -> datasets.D
 
     Args:
         files: Parquet files in `schema.SELECTION`; local paths or URIs.
-        cache_dir: Where datasets keeps the mapped copy, shared by the ranks of a node.
+        cache_dir: Where datasets keeps the mapped copy; each rank has one of its own.
 
     Raises:
         TrainingError: There is no pair, a column is missing, a stored sum is not finite, or a

@@ -7,6 +7,7 @@ follows the policy).
 """
 
 import contextlib
+import math
 import resource
 import time
 from collections.abc import Iterator
@@ -27,11 +28,11 @@ from refscale.training.token_batches import TokenBudgetSampler
 class PrecomputedDPOTrainer(DPOTrainer):  # type: ignore[misc]
     """TRL's DPOTrainer on encoded pairs with stored reference sums; builds no reference model.
 
-    Overrides three private methods of TRL 1.16 (`_prepare_dataset`, `_precompute_ref_logps`,
-    `_send_telemetry`), which the contract tests in tests/unit/test_training.py hold to account.
+    Overrides private methods of TRL 1.16 and transformers 5.23, which the contract tests in
+    tests/unit/test_training.py hold to account.
 
     Args:
-        *args: As `DPOTrainer`.
+        model: The policy, loaded.
         sequential: Take pairs in the dataset's order instead of shuffled.
         packed: Take packed steps (see `packed_dpo`).
         token_budget: Fill micro-batches up to this many tokens (see `token_batches`), instead of
@@ -44,7 +45,8 @@ class PrecomputedDPOTrainer(DPOTrainer):  # type: ignore[misc]
 
     def __init__(
         self,
-        *args: Any,
+        *,
+        model: Any,
         sequential: bool = False,
         packed: bool = False,
         token_budget: int | None = None,
@@ -61,8 +63,13 @@ class PrecomputedDPOTrainer(DPOTrainer):  # type: ignore[misc]
             tokenizer = kwargs["processing_class"]
             pad = tokenizer.eos_token_id if tokenizer.pad_token is None else tokenizer.pad_token_id
             kwargs["data_collator"] = packed_dpo.PackedCollator(pad_token_id=pad)
+        use_cache = getattr(model.config, "use_cache", None)
         with _without_model_hash():
-            super().__init__(*args, **kwargs)
+            super().__init__(model=model, **kwargs)
+        # Every step says use_cache=False itself; transformers says it in the config too, with which
+        # the policy is saved.
+        if use_cache is not None:
+            model.config.use_cache = use_cache
         if packed:  # after TRL has put its fused head on the model
             base = self.model.get_base_model() if is_peft_model(self.model) else self.model
             packed_dpo.install(base)
@@ -147,11 +154,7 @@ class PrecomputedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result
         if not torch.isfinite(loss.detach()):
-            raise TrainingError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1} on rank"
-                f" {self.args.process_index}; lower train.learning_rate (now"
-                f" {self.args.learning_rate:g}) or train.max_grad_norm, or set train.bf16: false"
-            )
+            raise self._not_finite(f"the loss is {loss.item()}")
         if not torch.is_grad_enabled():  # the holdout is measured
             return result
         self._useful.append(useful_tokens(inputs))
@@ -159,6 +162,28 @@ class PrecomputedDPOTrainer(DPOTrainer):  # type: ignore[misc]
             pairs = len(inputs["ref_chosen_logps"])
             loss = loss * (pairs * len(self._micro_batches) / sum(self._micro_batches))
         return (loss, result[1]) if return_outputs else loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The norm of a step's gradients.
+
+        A finite loss may have gradients that are not, and after the last step no loss would show
+        what they made of the weights.
+
+        Raises:
+            TrainingError: The norm is not finite; names the step.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        # DeepSpeed says -1 where a norm is not finite.
+        if norm is not None and not 0 <= float(norm) < math.inf:
+            raise self._not_finite("the norm of the gradients is not finite")
+        return norm
+
+    def _not_finite(self, what: str) -> TrainingError:
+        return TrainingError(
+            f"{what} at step {self.state.global_step + 1} on rank {self.args.process_index}; lower"
+            f" train.learning_rate (now {self.args.learning_rate:g}) or train.max_grad_norm, or set"
+            " train.bf16: false"
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's metrics, with the speed since the last log and the peak memory."""

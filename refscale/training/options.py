@@ -30,7 +30,8 @@ class WorkerSettings:
         selection_files: Parquet files in `schema.SELECTION`, readable on every rank, in order.
         holdout_files: The same in `schema.HELD_OUT`, for `eval_steps`.
         output_dir: Folder of checkpoints; the same path on every rank.
-        policy_dir: Folder that rank 0 writes the policy to.
+        policy_dir: Folder that rank 0 writes the policy to; with LoRA the merged model, and the
+            adapter to `adapter/` in it.
         max_length: `encoding.max_length`: the longest prompt + completion in the selection.
         bf16: Compute in bfloat16, resolved; should equal what the scores were computed in.
         revision: Hub revision of the model.
@@ -40,8 +41,6 @@ class WorkerSettings:
         trust_remote_code: As `ModelConfig`.
         quantization: Load the base quantised (QLoRA); needs `train.peft`.
         easiest: Which end of the selection key is the clearest, for `order: easy_to_hard`.
-        merge_adapter: With LoRA, write the merged model to `policy_dir` and the adapter to
-            `policy_dir/adapter`; else only the adapter, to `policy_dir`.
         cache_dir: Where the selection is mapped from; default: datasets' own cache.
         tensorboard_dir: Where `report_to: tensorboard` writes; default: in `output_dir`.
         fingerprint: Written to checkpoints and compared on resume; any text.
@@ -62,7 +61,6 @@ class WorkerSettings:
     trust_remote_code: bool = False
     quantization: Literal["8bit", "4bit"] | None = None
     easiest: Literal["largest", "smallest"] = "largest"
-    merge_adapter: bool = True
     cache_dir: str | None = None
     tensorboard_dir: str | None = None
     fingerprint: str = ""
@@ -87,6 +85,8 @@ LOSS_TYPES = (
     "sft",
     "sigmoid_norm",
 )
+# Those of them that read train.label_smoothing; TRL's sigmoid ignores it.
+_SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
 
 NO_HOLDOUT = (
     "train.eval_steps measures held-out pairs and there are none: set corpus.holdout_fraction or"
@@ -108,12 +108,14 @@ SCHEDULERS = (
     "warmup_stable_decay",
     "greedy",
 )
+_NEED_ARGUMENTS = ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay")
 
 # DPOConfig fields with their home elsewhere in the config, for the message.
 _OWNED = {
     "beta": "train.beta",
     "loss_type": "train.loss_type",
     "label_smoothing": "train.label_smoothing",
+    "label_smoothing_factor": "train.label_smoothing",
     "learning_rate": "train.learning_rate",
     "lr_scheduler_type": "train.lr_scheduler_type",
     "warmup_steps": "train.warmup_ratio",
@@ -125,10 +127,15 @@ _OWNED = {
     "per_device_train_batch_size": "train.per_device_train_batch_size",
     "gradient_accumulation_steps": "train.gradient_accumulation_steps",
     "gradient_checkpointing": "train.gradient_checkpointing",
+    "activation_checkpointing": "train.gradient_checkpointing",
     "bf16": "train.bf16",
     "seed": "train.seed",
+    "data_seed": "train.seed",
+    "train_sampling_strategy": "train.order",
     "logging_steps": "train.logging_steps",
+    "logging_strategy": "train.logging_steps",
     "save_steps": "train.save_steps",
+    "save_strategy": "train.save_steps",
     "save_total_limit": "train.save_total_limit",
     "eval_steps": "train.eval_steps",
     "eval_strategy": "train.eval_steps",
@@ -165,6 +172,26 @@ _REFUSED = {
     "remove_unused_columns": "the trainer reads exactly the columns of the selection",
     "auto_find_batch_size": "it would change the batch silently; lower"
     " train.per_device_train_batch_size",
+    "save_only_model": "a checkpoint without the optimizer's state cannot be resumed from",
+    "ignore_data_skip": "a resumed training would take pairs twice and leave others out",
+    "resume_from_checkpoint": "the same command resumes",
+    "parallelism_config": "ranks are data-parallel: each takes pairs of its own",
+    **dict.fromkeys(
+        ("prediction_loss_only", "include_for_metrics", "batch_eval_metrics", "label_names"),
+        "the holdout's metrics are TRL's own, made without labels and logits",
+    ),
+    **dict.fromkeys(
+        ("bf16_full_eval", "fp16_full_eval"),
+        "the holdout is measured within training, in its precision",
+    ),
+    **dict.fromkeys(
+        ("average_tokens_across_devices", "length_column_name", "local_rank", "use_cache"),
+        "nothing in a DPO step reads it",
+    ),
+    **dict.fromkeys(
+        ("do_train", "do_eval", "do_predict"), "the stages of the run decide what is done"
+    ),
+    "push_to_hub": "it would push checkpoints, not the policy; push policy/ when it is done",
 }
 
 _ZERO_PRESETS: dict[str, dict[str, Any]] = {
@@ -279,30 +306,51 @@ def check_options(train: dict[str, Any]) -> None:
         ConfigError: As `dpo_arguments` and `peft_config`, but for what depends on the worker's
             machine: what is installed there, and its device.
     """
-    loss_types = _loss_types(train)
-    for name in loss_types:
-        if name not in LOSS_TYPES:
-            raise ConfigError(
-                f"train.loss_type: {name!r} is not a loss of TRL's DPOTrainer"
-                f"{_nearest(name, LOSS_TYPES)}"
-            )
-    if "exo_pair" in loss_types and not train["label_smoothing"]:
+    _check_loss(train)
+    _check_schedule(train)
+    if train["max_steps"] != -1 and train["max_steps"] < 1:
         raise ConfigError(
-            "train.loss_type exo_pair takes the logarithm of train.label_smoothing, got 0;"
-            " its paper uses 0.001"
-        )
-    schedule = train["lr_scheduler_type"]
-    if schedule not in SCHEDULERS:
-        raise ConfigError(
-            f"train.lr_scheduler_type: {schedule!r} is not a schedule of transformers"
-            f"{_nearest(schedule, SCHEDULERS)}"
+            f"train.max_steps must be at least 1, or -1 for train.num_train_epochs, got"
+            f" {train['max_steps']}"
         )
     check_report_to(train["report_to"], installed=False)
     peft_config(train["peft"])
     if isinstance(train["deepspeed"], str):
         deepspeed_config(train["deepspeed"], device="cpu", bf16=False)
-    if not train["trl"]:
-        return
+    if train["trl"]:
+        _check_trl(train)
+
+
+def _check_loss(train: dict[str, Any]) -> None:
+    """Refuse a loss that TRL does not have, and options that it would not read."""
+    names = _loss_types(train)
+    for name in names:
+        if name not in LOSS_TYPES:
+            raise ConfigError(
+                f"train.loss_type: {name!r} is not a loss of TRL's DPOTrainer"
+                f"{_nearest(name, LOSS_TYPES)}"
+            )
+    smoothing = train["label_smoothing"]
+    if "exo_pair" in names and not smoothing:
+        raise ConfigError(
+            "train.loss_type exo_pair takes the logarithm of train.label_smoothing, got 0;"
+            " its paper uses 0.001"
+        )
+    if smoothing and not set(names) & set(_SMOOTHED):
+        raise ConfigError(
+            f"train.label_smoothing is {smoothing:g}, which train.loss_type {train['loss_type']}"
+            f" ignores; take one of {', '.join(_SMOOTHED)}"
+        )
+    weights = train["trl"].get("loss_weights")
+    if isinstance(weights, list) and len(weights) != len(names):
+        raise ConfigError(
+            f"train.trl.loss_weights has {len(weights)} values and train.loss_type {len(names)};"
+            " give one each"
+        )
+
+
+def _check_trl(train: dict[str, Any]) -> None:
+    """Refuse a field of `train.trl` that DPOConfig lacks or that would not do what it says."""
     from trl import DPOConfig
 
     known = {f.name for f in dataclasses.fields(DPOConfig) if f.init}
@@ -313,6 +361,47 @@ def check_options(train: dict[str, Any]) -> None:
             raise ConfigError(f"train.trl.{key}={value!r} is refused: {_REFUSED[key]}")
         if key not in known:
             raise ConfigError(f"unknown key train.trl.{key}{_nearest(key, sorted(known))}")
+    if train["trl"].get("neftune_noise_alpha") and train["packed"] != "off":
+        raise ConfigError(
+            "train.trl.neftune_noise_alpha scales its noise by the length of a padded row; set"
+            " train.packed: off"
+        )
+    if train["trl"].get("eval_on_start") and not train["eval_steps"]:
+        raise ConfigError("train.trl.eval_on_start measures the holdout; set train.eval_steps")
+
+
+def _check_schedule(train: dict[str, Any]) -> None:
+    """Refuse a schedule that could not be made, or would have nothing to follow."""
+    schedule = train["lr_scheduler_type"]
+    if schedule not in SCHEDULERS:
+        raise ConfigError(
+            f"train.lr_scheduler_type: {schedule!r} is not a schedule of transformers"
+            f"{_nearest(schedule, SCHEDULERS)}"
+        )
+    if schedule in ("reduce_lr_on_plateau", "greedy") and not train["eval_steps"]:
+        raise ConfigError(
+            f"train.lr_scheduler_type: {schedule} follows the loss on the holdout; set"
+            " train.eval_steps"
+        )
+    options = train["trl"].get("lr_scheduler_kwargs")
+    if not options and schedule not in _NEED_ARGUMENTS:
+        return
+    import torch
+    from transformers import get_scheduler
+
+    try:
+        get_scheduler(
+            schedule,
+            torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=train["learning_rate"]),
+            num_warmup_steps=1,
+            num_training_steps=10,
+            scheduler_specific_kwargs=options,
+        )
+    except (TypeError, ValueError) as exc:
+        raise ConfigError(
+            f"train.lr_scheduler_type: {schedule} with train.trl.lr_scheduler_kwargs {options}:"
+            f" {exc}"
+        ) from exc
 
 
 def dpo_arguments(
@@ -412,8 +501,8 @@ def peft_config(fields: dict[str, Any] | None) -> Any:
     """A `peft.LoraConfig` for `train.peft`; None where there is none.
 
     Raises:
-        ConfigError: A field that LoraConfig does not have (the nearest is named), or an adapter on
-            the output head, which TRL's fused head would not train.
+        ConfigError: A field that LoraConfig does not have (the nearest is named), a value that it
+            refuses, or an adapter on the output head, which TRL's fused head would not train.
     """
     if not fields:
         return None
@@ -429,7 +518,10 @@ def peft_config(fields: dict[str, Any] | None) -> Any:
             "train.peft.target_modules holds lm_head: log-probs are computed from its weight"
             " directly, so an adapter on it would not be trained; leave it out"
         )
-    return LoraConfig(**{"task_type": "CAUSAL_LM", **fields})
+    try:
+        return LoraConfig(**{"task_type": "CAUSAL_LM", **fields})
+    except (ValueError, TypeError, ImportError) as exc:
+        raise ConfigError(f"train.peft: {' '.join(str(exc).split())}") from exc
 
 
 def _loss_types(train: dict[str, Any]) -> list[str]:

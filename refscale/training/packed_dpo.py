@@ -127,15 +127,29 @@ class PackedCollator(DataCollatorForPreference):  # type: ignore[misc]
         return output
 
 
-def refusal(model: PreTrainedModel, device: torch.device) -> str | None:
-    """Why `model` cannot take the packed step; None where it may."""
+def refusal(
+    model: PreTrainedModel, device: torch.device, router_aux_loss_coef: float | None = None
+) -> str | None:
+    """Why `model` cannot take the packed step; None where it may.
+
+    Args:
+        model: The policy.
+        device: Where it computes.
+        router_aux_loss_coef: As TRL's; None takes the one of the model's config.
+    """
     config = model.config.get_text_config()
     if not getattr(model, "_supports_attention_backend", False):
         return f"{config.model_type} does not take its attention from transformers"
     if getattr(config, "attention_dropout", 0.0):
         return f"{config.model_type} has attention dropout"
-    if getattr(config, "output_router_logits", False):
-        return f"{config.model_type} has a router loss over the tokens of padded rows"
+    if router_aux_loss_coef is None:
+        router_aux_loss_coef = getattr(config, "router_aux_loss_coef", 0.0)
+    # TRL adds the router's loss to DPO's whether or not the config asks for router logits.
+    if hasattr(config, "output_router_logits") and router_aux_loss_coef:
+        return (
+            f"{config.model_type} has a router loss over the tokens of padded rows"
+            " (train.trl.router_aux_loss_coef: 0 leaves it out)"
+        )
     return attention.unserved(config, device)
 
 

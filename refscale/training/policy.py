@@ -2,12 +2,12 @@
 
 In: the settings of a worker and, at the end, its trainer. Out: a folder that
 `AutoModelForCausalLM` loads. Costs on saving: one copy of the weights on rank 0's CPU; with LoRA
-and `merge_adapter` the base once more.
+the base once more.
 
 Precision. Where the compute dtype is bfloat16 and DeepSpeed or LoRA is used, weights are loaded in
-bfloat16: DeepSpeed's optimizer keeps its own float32 masters, LoRA's adapters are float32.
-Otherwise weights are float32 (an AdamW step of 1e-6 vanishes in bfloat16's 8 bits) and bfloat16 is
-autocast.
+bfloat16: DeepSpeed's optimizer keeps its own float32 masters, and without it LoRA's adapters are
+float32, but for those of a quantised base, which TRL makes bfloat16. Otherwise weights are float32
+(an AdamW step of 1e-6 vanishes in bfloat16's 8 bits) and bfloat16 is autocast.
 """
 
 import contextlib
@@ -93,8 +93,8 @@ def _whole_weights(*, when: bool) -> Iterator[None]:
 def save_policy(trainer: DPOTrainer, tokenizer: Any, settings: WorkerSettings, card: str) -> None:
     """Write the policy as safetensors, with its tokenizer and card; collective, rank 0 writes.
 
-    With LoRA and `merge_adapter`, rank 0 loads the base once more on the CPU, unquantised, and
-    merges the adapter into it.
+    With LoRA, rank 0 loads the base once more on the CPU, unquantised, and merges the adapter into
+    it; the adapter itself goes to `adapter/`.
     """
     accelerator = trainer.accelerator
     state = accelerator.get_state_dict(trainer.model_wrapped)
@@ -106,17 +106,17 @@ def save_policy(trainer: DPOTrainer, tokenizer: Any, settings: WorkerSettings, c
             state.pop(name, None)
         folder = Path(settings.policy_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        lora = bool(settings.train["peft"])
-        target = folder / "adapter" if lora and settings.merge_adapter else folder
-        model.save_pretrained(target, state_dict=state)
-        if lora and settings.merge_adapter:
+        if settings.train["peft"]:
             from peft import PeftModel
 
-            plain = dataclasses.replace(settings, quantization=None)
+            adapter = folder / "adapter"
+            model.save_pretrained(adapter, state_dict=state)
             with _whole_weights(when=True):
-                base, _ = load_policy(plain, "cpu")
-                merged = PeftModel.from_pretrained(base, str(target)).merge_and_unload()
+                base, _ = load_policy(dataclasses.replace(settings, quantization=None), "cpu")
+                merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
             merged.save_pretrained(folder)
+        else:
+            model.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
     del state

@@ -23,8 +23,8 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 from trl import DPOConfig
 
-from refscale.errors import TrainingError
+from refscale.errors import ConfigError, TrainingError
 from refscale.training import packed_dpo
 from refscale.training.checkpoints import CHECKPOINT_FILE, check_checkpoint, checkpoint_record
 from refscale.training.data import easy_to_hard, load_selection, pair_tokens
@@ -83,7 +83,7 @@ def run_worker(
     Raises:
         ConfigError: The training options are wrong.
         ModelError: The model or tokenizer cannot be loaded.
-        TrainingError: The start check fails, the loss is not finite, memory runs out, or
+        TrainingError: The start check fails, loss or gradients are not finite, memory runs out, or
             `resume_from` is not a checkpoint of this training.
     """
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -110,7 +110,9 @@ def run_worker(
     trainer: PrecomputedDPOTrainer | None = None
     try:
         # Before the model: transformers partitions weights while loading once it knows of ZeRO-3.
-        args = DPOConfig(**arguments, **join_ranks(arguments, device))
+        joined = join_ranks(arguments, device)
+        with _trl_refuses():
+            args = DPOConfig(**arguments, **joined)
         if settings.tensorboard_dir is not None:
             os.environ["TENSORBOARD_LOGGING_DIR"] = settings.tensorboard_dir
         model, tokenizer = load_policy(settings, device)
@@ -118,20 +120,23 @@ def run_worker(
         reporter.path_reason = (
             "train.packed is off"
             if settings.train["packed"] == "off"
-            else packed_dpo.refusal(model, torch.device(device))
+            else packed_dpo.refusal(
+                model, torch.device(device), settings.train["trl"].get("router_aux_loss_coef")
+            )
         )
-        trainer = PrecomputedDPOTrainer(
-            model=model,
-            args=args,
-            train_dataset=dataset,
-            eval_dataset=holdout,
-            processing_class=tokenizer,
-            peft_config=peft_config(settings.train["peft"]),
-            callbacks=[reporter],
-            sequential=sequential,
-            packed=reporter.path_reason is None,
-            token_budget=settings.train["token_budget"],
-        )
+        with _trl_refuses():
+            trainer = PrecomputedDPOTrainer(
+                model=model,
+                args=args,
+                train_dataset=dataset,
+                eval_dataset=holdout,
+                processing_class=tokenizer,
+                peft_config=peft_config(settings.train["peft"]),
+                callbacks=[reporter],
+                sequential=sequential,
+                packed=reporter.path_reason is None,
+                token_budget=settings.train["token_budget"],
+            )
         trainer.remove_callback(PrinterCallback)
         reporter.trainer = trainer
         metrics = _train(trainer, resume_from)
@@ -156,18 +161,35 @@ def run_worker(
     return metrics
 
 
+@contextmanager
+def _trl_refuses() -> Iterator[None]:
+    """Options whose values TRL, transformers or peft refuse are the user's to change."""
+    try:
+        yield
+    except (ValueError, TypeError, ImportError, NotImplementedError) as exc:
+        what = " ".join(str(exc).split())[:300]
+        raise ConfigError(f"the options of the section train cannot be used: {what}") from exc
+
+
 def _train(trainer: PrecomputedDPOTrainer, resume_from: str | None) -> dict[str, Any]:
     try:
         output = trainer.train(resume_from_checkpoint=resume_from)
     except _AlreadyTrained:
-        losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-        return {"steps": trainer.state.global_step, "train_loss": float(np.mean(losses))}
+        return {"steps": trainer.state.global_step, "train_loss": _logged_loss(trainer)}
     return {
         "steps": output.global_step,
-        "train_loss": output.training_loss,
+        # That of transformers begins at the checkpoint.
+        "train_loss": output.training_loss if resume_from is None else _logged_loss(trainer),
         "train_runtime_s": output.metrics["train_runtime"],
         "pairs_per_s": trainer.pairs_seen / output.metrics["train_runtime"],
     }
+
+
+def _logged_loss(trainer: PrecomputedDPOTrainer) -> float:
+    """Mean loss of all steps, from the logs, each of which is the mean since the one before."""
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    weights = np.diff([log["step"] for log in logs], prepend=0)
+    return float(np.average([log["loss"] for log in logs], weights=weights))
 
 
 def _load_best(trainer: PrecomputedDPOTrainer, folder: str, settings: WorkerSettings) -> int:

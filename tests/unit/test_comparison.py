@@ -12,7 +12,9 @@ import pytest
 from refscale import pipeline, schema
 from refscale.cluster import runtime
 from refscale.config import parse_config
-from refscale.errors import ConfigError, EvaluationError
+from refscale.errors import ConfigError, EvaluationError, FingerprintError
+from refscale.evaluation.judge import JudgeConfig
+from refscale.evaluation.win_rate import win_rate
 from refscale.experiments import comparison as comparison_module
 from refscale.experiments.arms import FULL, Arm, arm_config, grid, parse_arm
 from refscale.experiments.comparison import MEASURES, _details, _matrices, compare, outcomes
@@ -20,6 +22,7 @@ from refscale.experiments.statistics import summarise
 from refscale.report import plots
 from refscale.report.comparison_page import lines, render_html, verdicts
 from refscale.run import Run
+from refscale.storage.stages import StageFolder
 from refscale.storage.store import Store
 
 CONFIG = {
@@ -105,6 +108,40 @@ def test_restart_deletes_arms_and_the_references_completions_alone(tmp_path, mon
         compare(parse_config(CONFIG), str(tmp_path), ["full"], parallel=1, restart=restart)
     left = [folder for folder in folders if store.exists(f"{folder}/kept")]
     assert left == (["scores", "judgements"] if restart else folders)
+
+
+def test_completions_made_or_judged_otherwise_are_not_shown_side_by_side(tmp_path, monkeypatch):
+    def far_enough(*_arguments):
+        raise EvaluationError("far enough")
+
+    monkeypatch.setattr(pipeline, "prepare", lambda run: {"files": [{"counts": {"holdout": 1}}]})
+    monkeypatch.setattr(pipeline, "score", lambda run: {"seconds": 1.0})
+    monkeypatch.setattr(runtime, "disconnect", lambda: None)
+    monkeypatch.setattr(Run, "cluster", None)
+    monkeypatch.setattr(comparison_module, "_side_by_side", far_enough)
+
+    def asked(**changes):
+        judge = JudgeConfig(**{"base_url": "http://h/v1", "model": "one", **changes})
+        return win_rate(judge, num_prompts=3)
+
+    made = {"mean_tokens": 4.0, "settings": asked().settings}
+    finished = StageFolder(Store(tmp_path / "arms/full/seed-0"), "compare")
+    finished.begin({"made": "before"})
+    finished.finish({"made": "before"}, [], counts={}, seconds=0.0, details={"extra": made})
+    options = {"seeds": [0], "parallel": 1}
+    arms = ["full", "random:0.5"]  # the second one is new
+    for changes, field in (
+        ({"model": "two"}, "judge.model = one, now it is two"),
+        ({"base_url": "http://other/v1"}, "judge.endpoint"),
+        ({"temperature": 1.0}, "judge.temperature"),
+        ({"extra": {"seed": 1}}, "judge.extra.seed"),
+    ):
+        with pytest.raises(FingerprintError, match=rf"of full, seed 0, were made with {field}"):
+            extra = asked(**changes)
+            compare(parse_config(CONFIG), str(tmp_path), arms, extra=extra, **options)
+    for same in (asked(concurrency=1, timeout_s=9), None):
+        with pytest.raises(EvaluationError, match="far enough"):
+            compare(parse_config(CONFIG), str(tmp_path), arms, extra=same, **options)
 
 
 # -- outcomes --------------------------------------------------------------------------------------

@@ -2,15 +2,25 @@
 
 import copy
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from test_training import changed, model_dir, rows, run, settings
+from test_training import (
+    changed,
+    model_dir,
+    rows,
+    run,
+    selection_rows,
+    settings,
+    write_selection,
+)
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -19,6 +29,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -261,7 +273,7 @@ def test_lora_trains_packed(settings: Any) -> None:
 def test_a_model_that_is_not_served_falls_back_with_the_reason(
     settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed_dpo, "refusal", lambda model, device: "llama is not served today")
+    monkeypatch.setattr(packed_dpo, "refusal", lambda *_: "llama is not served today")
     metrics, _ = run(changed(settings, packed="auto"))
     assert metrics["train_path"] == "padded: llama is not served today"
     with pytest.raises(TrainingError, match=r"train.packed is on, but llama is not served today"):
@@ -280,3 +292,29 @@ def test_a_packed_path_that_is_wrong_is_found_out_and_not_taken(
     metrics, logs = run(changed(settings, packed="auto"))
     assert metrics["train_path"].startswith("padded: packed and padded sums differ by")
     assert logs[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+
+
+@pytest.mark.parametrize("coefficient", [None, 0.0])
+def test_a_router_loss_is_trained_on_padded_rows_and_packs_go_without_it(
+    settings: Any, tmp_path: Path, coefficient: float | None
+) -> None:
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(
+        MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
+    ).eval()
+    folder = tmp_path / "mixtral"
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(settings.model_name_or_path).save_pretrained(folder)
+    mixtral = dataclasses.replace(
+        changed(settings, trl={"router_aux_loss_coef": coefficient}, max_steps=1),
+        model_name_or_path=str(folder),
+        selection_files=[write_selection(tmp_path / "m.parquet", selection_rows(model, 8))],
+    )
+    metrics, (log,) = run(mixtral)
+    if coefficient is None:
+        assert "router loss over the tokens of padded rows" in metrics["train_path"]
+        # The loss of DPO is ln 2, and the config's coefficient is 0.001.
+        assert log["loss"] == pytest.approx(math.log(2) + 1e-3 * log["aux_loss"], abs=1e-5)
+    else:
+        assert metrics["train_path"] == "packed" and "aux_loss" not in log
+        assert log["loss"] == pytest.approx(math.log(2), abs=1e-5)

@@ -309,6 +309,7 @@ def test_overridden_private_methods_are_still_trls() -> None:
         "_send_telemetry": ["self"],
         "_prepare_input": ["self", "data"],
         "_get_train_sampler": ["self", "train_dataset"],
+        "_get_grad_norm": ["self", "model", "grad_norm"],
     }.items():
         assert list(inspect.signature(getattr(DPOTrainer, name)).parameters) == parameters
     assert callable(trl_dpo.hash_module)
@@ -358,6 +359,19 @@ def test_the_policy_loads_and_differs_from_the_reference(settings: WorkerSetting
     assert len(AutoTokenizer.from_pretrained(settings.policy_dir)) == VOCAB
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_policys_config_is_the_references(
+    settings: WorkerSettings, checkpointing: bool
+) -> None:
+    run(changed(settings, max_steps=1, gradient_checkpointing=checkpointing))
+    policy, reference = (
+        json.loads((Path(folder) / "config.json").read_text())
+        for folder in (settings.policy_dir, settings.model_name_or_path)
+    )
+    assert reference["use_cache"] is True
+    assert policy == reference
+
+
 def test_training_raises_the_margin_on_its_pairs(
     settings: WorkerSettings, rows: list[dict[str, Any]]
 ) -> None:
@@ -388,15 +402,6 @@ def test_lora_starts_at_the_reference_and_merges_to_the_trained_policy(
     adapted = sums(adapter, row["prompt_ids"], row["chosen_ids"])
     assert abs(adapted - start) > 1e-2
     assert sums(merged, row["prompt_ids"], row["chosen_ids"]) == pytest.approx(adapted, abs=1e-3)
-
-
-def test_an_unmerged_adapter_is_the_policy_where_asked(settings: WorkerSettings) -> None:
-    lora = changed(settings, peft={"r": 4, "target_modules": ["q_proj"]}, max_steps=1)
-    run(dataclasses.replace(lora, merge_adapter=False))
-    files = {path.name for path in Path(settings.policy_dir).iterdir()}
-    assert {"adapter_config.json", "adapter_model.safetensors"} <= files
-    assert "model.safetensors" not in files
-    AutoModelForCausalLM.from_pretrained(settings.policy_dir)
 
 
 # --- the holdout, measured while training
@@ -659,7 +664,7 @@ def test_resume_in_the_middle_of_an_epoch_ends_with_the_same_weights(
         save_total_limit=5,
     )
     folders: list[str] = []
-    _, logs = run(undisturbed, on_save=lambda folder, metrics: folders.append(folder))
+    whole, logs = run(undisturbed, on_save=lambda folder, metrics: folders.append(folder))
     assert [Path(folder).name for folder in folders] == [
         "checkpoint-4",
         "checkpoint-8",
@@ -668,6 +673,7 @@ def test_resume_in_the_middle_of_an_epoch_ends_with_the_same_weights(
     resumed = dataclasses.replace(undisturbed, policy_dir=str(tmp_path / "resumed"))
     metrics, resumed_logs = run(resumed, resume_from=folders[0])
     assert metrics["steps"] == 9
+    assert metrics["train_loss"] == pytest.approx(whole["train_loss"], abs=1e-6)
     assert [log["step"] for log in resumed_logs] == [5, 6, 7, 8, 9]
     np.testing.assert_allclose(
         [log["loss"] for log in resumed_logs], [log["loss"] for log in logs[4:]], atol=1e-6
@@ -680,12 +686,14 @@ def test_resume_in_the_middle_of_an_epoch_ends_with_the_same_weights(
 
 def test_resume_after_the_last_step_only_writes_the_policy(settings: WorkerSettings) -> None:
     folders: list[str] = []
-    saving = changed(settings, save_steps=3)
-    run(saving, on_save=lambda folder, metrics: folders.append(folder))
+    # Logged at steps 1, 2 and 4: the last row is the mean of two steps.
+    saving = changed(settings, max_steps=4, save_steps=4, logging_steps=2)
+    whole, _ = run(saving, on_save=lambda folder, metrics: folders.append(folder))
     written = (Path(settings.policy_dir) / "model.safetensors").read_bytes()
     (Path(settings.policy_dir) / "model.safetensors").unlink()
     metrics, _ = run(saving, resume_from=folders[-1])
-    assert metrics["steps"] == 3
+    assert metrics["steps"] == 4
+    assert metrics["train_loss"] == pytest.approx(whole["train_loss"], abs=1e-6)
     assert (Path(settings.policy_dir) / "model.safetensors").read_bytes() == written
 
 
@@ -755,6 +763,46 @@ def test_a_loss_that_is_not_finite_names_its_step(
     monkeypatch.setattr(worker, "PrecomputedDPOTrainer", Broken)
     with pytest.raises(TrainingError, match=r"the loss is nan at step 2 on rank 0; lower"):
         run(settings)
+
+
+def test_gradients_that_are_not_finite_end_it_before_a_policy_is_saved(
+    settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(PrecomputedDPOTrainer):
+        def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+            loss = super().training_step(model, *args, **kwargs)
+            if self.state.global_step == 2:  # the last one: no loss follows
+                next(model.parameters()).grad[0, 0] = float("nan")
+            return loss
+
+    monkeypatch.setattr(worker, "PrecomputedDPOTrainer", Broken)
+    with pytest.raises(TrainingError, match=r"norm of the gradients is not finite at step 3"):
+        run(settings)
+    assert not Path(settings.policy_dir).exists()
+
+
+@pytest.mark.parametrize("norm", [math.nan, math.inf, -1.0])
+def test_norms_that_are_not_finite_are_refused_also_in_deepspeeds_words(
+    settings: WorkerSettings, norm: float
+) -> None:
+    trainer = make_trainer(settings)
+    assert trainer._get_grad_norm(trainer.model, 0.5) == 0.5
+    with pytest.raises(TrainingError, match="not finite at step 1"):
+        trainer._get_grad_norm(trainer.model, norm)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trl": {"optim": "adamx"}}, "adamx is not a valid"),
+        ({"peft": {"r": 0}}, "should be a positive integer"),
+    ],
+)
+def test_values_that_trl_or_peft_refuse_are_errors_of_the_config(
+    settings: WorkerSettings, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(changed(settings, **changes))
 
 
 def test_out_of_memory_says_what_to_change(

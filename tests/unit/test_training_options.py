@@ -43,8 +43,20 @@ def test_arguments_make_a_dpo_config_that_reads_stored_sums() -> None:
         ({"trl": {"ld_alpha": 0.5}}, "weighted by alpha"),
         ({"trl": {"sync_ref_model": True}}, "makes the stored sums stale"),
         ({"trl": {"fsdp": "full_shard"}}, "makes TRL load a reference model"),
+        ({"trl": {"label_smoothing_factor": 0.1}}, "belongs to train.label_smoothing"),
+        ({"trl": {"activation_checkpointing": True}}, "belongs to train.gradient_checkpointing"),
+        ({"trl": {"data_seed": 3}}, "belongs to train.seed"),
+        ({"trl": {"train_sampling_strategy": "sequential"}}, "belongs to train.order"),
+        ({"trl": {"save_strategy": "epoch"}}, "belongs to train.save_steps"),
+        ({"trl": {"save_only_model": True}}, "cannot be resumed from"),
+        ({"trl": {"ignore_data_skip": True}}, "take pairs twice"),
+        ({"trl": {"push_to_hub": True}}, "would push checkpoints"),
+        ({"trl": {"neftune_noise_alpha": 5.0}}, "set train.packed: off"),
+        ({"trl": {"eval_on_start": True}}, "set train.eval_steps"),
+        ({"trl": {"loss_weights": [1.0, 0.1]}}, "has 2 values and train.loss_type 1"),
         ({"loss_type": "sigmod"}, "'sigmod' is not a loss .* did you mean sigmoid"),
         ({"loss_type": "exo_pair"}, "logarithm of train.label_smoothing"),
+        ({"label_smoothing": 0.1}, "which train.loss_type sigmoid ignores; take one of robust"),
         ({"report_to": ["tensorbord"]}, "unknown reporter 'tensorbord'; did you mean tensorboard"),
         ({"report_to": ["wandb"]}, "wandb is not installed where the workers run"),
         ({"deepspeed": {"fp16": {"enabled": True}}}, "fp16.enabled is true"),
@@ -63,6 +75,11 @@ def test_options_that_cannot_hold_are_refused_with_the_reason(
     [
         ({"train": {"loss_type": "sigmod"}}, "did you mean sigmoid"),
         ({"train": {"lr_scheduler_type": "cosin"}}, "'cosin' is not a schedule"),
+        ({"train": {"lr_scheduler_type": "warmup_stable_decay"}}, "num_decay_steps"),
+        ({"train": {"lr_scheduler_type": "cosine_with_min_lr"}}, "min_lr or min_lr_rate"),
+        ({"train": {"lr_scheduler_type": "greedy"}}, "set train.eval_steps"),
+        ({"train": {"trl": {"lr_scheduler_kwargs": {"cycles": 2}}}}, "argument 'cycles'"),
+        ({"train": {"max_steps": 0}}, "must be at least 1, or -1"),
         ({"train": {"trl": {"lerning_rate": 1}}}, "unknown key train.trl.lerning_rate"),
         ({"train": {"peft": {"rank": 4}}}, "unknown key train.peft.rank"),
         ({"train": {"report_to": ["wandbb"]}}, "did you mean wandb"),
@@ -86,6 +103,13 @@ def test_what_no_training_would_take_is_known_before_anything_is_scored(
 
 def test_schedules_are_those_of_transformers() -> None:
     assert set(options.SCHEDULERS) == {kind.value for kind in SchedulerType}
+
+
+def test_schedules_take_their_arguments() -> None:
+    stable = {"lr_scheduler_kwargs": {"num_decay_steps": 3}}
+    made = arguments(lr_scheduler_type="warmup_stable_decay", trl=stable)
+    assert made["lr_scheduler_kwargs"] == {"num_decay_steps": 3}
+    assert arguments(trl={"neftune_noise_alpha": 5.0}, packed="off")["neftune_noise_alpha"] == 5.0
 
 
 def test_refused_and_owned_options_are_real_fields_of_dpo_config() -> None:
@@ -134,5 +158,7 @@ def test_lora_options() -> None:
     assert peft_config({"r": 16}).r == 16
     with pytest.raises(ConfigError, match=r"train.peft.lora_alfa; did you mean lora_alpha"):
         peft_config({"lora_alfa": 3})
+    with pytest.raises(ConfigError, match=r"train\.peft: .*layers_pattern"):
+        peft_config({"layers_pattern": "layers"})
     with pytest.raises(ConfigError, match="holds lm_head"):
         peft_config({"target_modules": ["q_proj", "lm_head"]})
