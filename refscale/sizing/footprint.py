@@ -16,11 +16,13 @@ from refscale.errors import ConfigError, ModelError
 
 GIB = 2**30
 STAGES = ("ddp", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
-# transformers leaves stage3_max_live_parameters at DeepSpeed's default.
-_LIVE_PARAMETERS = 1e9
-# As logps.py tiles the logits, and reference.py sizes a forward pass.
+# DeepSpeed's defaults, in elements, which the presets leave: of stages 1 and 2 reduce_bucket_size,
+# of stage 3 stage3_max_live_parameters and sub_group_size.
+_BUCKET, _LIVE_PARAMETERS, _SUB_GROUP = 5e8, 1e9, 1e9
+# As logps.py tiles the logits, devices.py sizes a forward pass, and TRL's head tiles in training.
 _TILE_ROWS, _TILE_VOCAB = 4096, 65536
 _BUDGETS = (2048, 65536)
+_HEAD_ROWS, _HEAD_VOCAB = 4096, 32768
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,8 @@ def replica_memory(
         config.score.quantization or "", itemsize
     )
     weights = shape.parameters * weight_bytes / GIB
-    tile = _TILE_ROWS * min(shape.vocab_size, _TILE_VOCAB) * (4 + itemsize) / GIB
+    # Logits and their log-softmax in fp32, beside the products where those are not.
+    tile = _TILE_ROWS * min(shape.vocab_size, _TILE_VOCAB) * (8 + (itemsize if half else 0)) / GIB
     width = (12 * shape.hidden_size + 3 * shape.intermediate_size) * itemsize / GIB
     asked = config.ray.gpus_per_replica
     candidates = [math.ceil(asked)] if asked else range(1, count + 1)
@@ -237,16 +240,25 @@ def worker_memory(
     itemsize: int,
     assumed: Assumptions,
 ) -> Memory:
-    """Memory of each training worker's GPU at a ZeRO stage, for the longest batch."""
-    # Masters and two moments in fp32; fp32 weights are their own masters.
+    """Memory of each training worker's GPU at a ZeRO stage: the peak, for the longest batch.
+
+    It is in backward, unless the optimizer's step, which copies its gradients to fp32, needs more
+    than backward has released: `step` is what it needs beyond that.
+    """
     mixed = itemsize == 2 and (stage != "ddp" or config.train.peft is not None)
-    weight, optimizer = (2, 12) if mixed else (4, 8)
+    weight = 2 if mixed else 4
     zero = int(stage[4]) if stage != "ddp" else 0
+    offload = stage.endswith("_offload")
+    # Two moments and masters in fp32; fp32 weights are their own, but stages 1 and 2 copy them.
+    optimizer = 12 if mixed or zero in (1, 2) else 8
     weights = shape.parameters * weight / (workers if zero == 3 else 1)
     grads = shape.trainable * weight / (workers if zero >= 2 else 1)
     states = shape.trainable * optimizer / (workers if zero >= 1 else 1)
-    if stage.endswith("_offload"):
-        states = 0
+    owned = shape.trainable / workers
+    upcast = 4 * (min(owned, _SUB_GROUP) if zero == 3 else owned) if mixed and zero else 0
+    buckets = _bucket_elements(shape, workers, zero, offload) * weight
+    if offload:
+        states = grads = upcast = 0
         weights = 0 if zero == 3 else weights
     live = min(_LIVE_PARAMETERS, shape.parameters) * weight if zero == 3 else 0
     # One layer's residuals, norms in fp32, projections, gate, up, activation and product.
@@ -258,17 +270,32 @@ def worker_memory(
     # A pair longer than the budget is a micro-batch of its own.
     budget = config.train.token_budget
     tokens = max(budget, pair) if budget else config.train.per_device_train_batch_size * pair
-    # Logits, their slope and its product with the gradients; the head's gradient.
-    tile = 3 * _TILE_ROWS * min(shape.vocab_size, _TILE_VOCAB) * 4
+    # A tile of logits, and the head's gradient in fp32 and as it is handed on; LoRA has none.
+    head = _HEAD_ROWS * min(shape.vocab_size, _HEAD_VOCAB) * itemsize
+    if shape.trainable == shape.parameters:
+        head += shape.vocab_size * shape.hidden_size * (4 + weight)
+    backward = {
+        "buckets": buckets,
+        "gathered": live,
+        "activations": tokens * per_token * itemsize,
+        "logits": head,
+    }
+    parts = {"weights": weights, "gradients": grads, "optimizer": states, **backward}
+    parts["step"] = max(0.0, upcast - sum(backward.values()))
     return Memory(
-        {
-            "weights": weights / GIB,
-            "gradients": grads / GIB,
-            "optimizer": states / GIB,
-            "gathered": live / GIB,
-            "activations": tokens * per_token * itemsize / GIB,
-            "logits": tile / GIB,
-            "context": assumed.context_gib,
-        },
+        {name: size / GIB for name, size in parts.items()} | {"context": assumed.context_gib},
         gpu.memory_gib,
     )
+
+
+def _bucket_elements(shape: ModelShape, workers: int, zero: int, offload: bool) -> float:
+    """Elements of the buffers that gradients are reduced in."""
+    if zero == 0:
+        # DDP's buckets hold all gradients once more.
+        return shape.trainable if workers > 1 else 0
+    if zero == 3:
+        # "auto": transformers puts in the square of the hidden size.
+        return shape.hidden_size**2
+    # Two for stage 2, whose preset overlaps; on its way to the CPU a gradient has one of its own.
+    largest = shape.vocab_size * shape.hidden_size if offload else 0
+    return zero * _BUCKET + largest

@@ -326,8 +326,10 @@ def _flops(config: Config, shape: ModelShape, lengths: Lengths, kept: int) -> di
             batch = max(1.0, config.train.token_budget * lengths.num_pairs / tokens)
         batch *= config.train.gradient_accumulation_steps * config.train.num_workers
         trained = config.train.max_steps * batch
-    # Backward costs two forwards, checkpointing a third one more; no reference pass at all.
-    passes = 4 if config.train.gradient_checkpointing else 3
+    # Backward costs a forward for the inputs' gradients and one for the weights', which the frozen
+    # ones of LoRA do not have; checkpointing costs one more; no reference pass at all.
+    passes = 3 if shape.trainable == shape.parameters else 2
+    passes += config.train.gradient_checkpointing
     held = min(lengths.holdout_pairs, config.evaluate.max_pairs or lengths.holdout_pairs)
     return {
         "scoring": scoring,

@@ -34,8 +34,10 @@ from refscale.storage.store import Store
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
+ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "loopback-cluster-token-0123456789abcdef"
 CANARY = "canary-5d1f3a-must-not-leave-this-process"
+STAGES = ("corpus", "scores", "selection", "policy", "evaluation")
 
 
 @dataclass
@@ -237,6 +239,76 @@ def test_a_wrong_token_is_one_line_and_no_job(cluster, config, tmp_path):
     assert "cannot submit the job" in last and "RAY_AUTH_TOKEN" in last
     assert "Traceback" not in refused.stderr
     assert len(cluster.get("/api/jobs/").json()) == before
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """A copy of this checkout whose refscale has a version of its own, and junk beside it."""
+    copy = tmp_path / "checkout"
+    shutil.copytree(ROOT / "refscale", copy / "refscale")
+    shutil.copytree(ROOT / "jobs", copy / "jobs")
+    shutil.copy(ROOT / ".gitignore", copy)
+    version = copy / "refscale/__init__.py"
+    version.write_text(version.read_text() + '__version__ = "0.0+checkout"\n')
+    for junk in (".git/objects/a", ".venv/lib/a", "runs/a", "demo/a", "refscale/__pycache__/a"):
+        (copy / junk).parent.mkdir(parents=True, exist_ok=True)
+        (copy / junk).write_text("junk")
+    return copy
+
+
+def _ray_job_submit(cluster, working_dir: Path, *entry_point: str) -> subprocess.CompletedProcess:
+    """The command line of README.md, typed into `working_dir`."""
+    return subprocess.run(
+        ["ray", "job", "submit", "--working-dir", ".", "--", "python", *entry_point],
+        cwd=working_dir,
+        env={**cluster.env, "RAY_API_SERVER_ADDRESS": cluster.dashboard},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+
+
+@pytest.mark.timeout(1200)
+def test_ray_job_submit_of_a_checkout_runs_all_stages_resumes_and_sends_no_junk(
+    cluster, config, checkout, s3, tmp_path
+):
+    shown = "ray job submit --working-dir . -- python jobs/pipeline.py config.yaml --run-dir s3://"
+    assert all(shown in (ROOT / page).read_text() for page in ("README.md", "docs/cluster.md"))
+    values = yaml.safe_load(config.read_text())
+    values["corpus"]["sources"][0]["path"] = str(tmp_path / "pairs.jsonl")
+    values["train"] = {"deepspeed": None, "max_steps": 1}
+    del values["ray"]
+    (checkout / "config.yaml").write_text(yaml.safe_dump(values))
+    run_dir = s3.uri("job")
+    command = ("jobs/pipeline.py", "config.yaml", "--run-dir", run_dir)
+
+    first = _ray_job_submit(cluster, checkout, *command)
+    assert first.returncode == 0, first.stdout + first.stderr
+    store = Store(run_dir)
+    manifests = [StageFolder(store, stage).require() for stage in STAGES]
+    assert manifests[0]["rows"] == 30
+    assert store.exists("policy/model.safetensors") and store.exists("report.html")
+    # The code that travelled ran, not what is installed on the nodes.
+    assert {manifest["versions"]["refscale"] for manifest in manifests} == {"0.0+checkout"}
+    sent = [path.parent for path in cluster.folder.rglob("_ray_pkg_*/config.yaml")]
+    sent = [path for path in sent if (path / "jobs").is_dir()]
+    files = [path for folder in sent for path in folder.rglob("*") if path.is_file()]
+    assert sent and not [path for path in files if path.read_bytes() == b"junk"]
+
+    again = _ray_job_submit(cluster, checkout, *command)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert again.stdout.count("done before") == len(STAGES)
+
+
+def test_ray_job_submit_without_the_package_runs_the_installed_one_and_fails_as_the_job_does(
+    cluster, checkout
+):
+    shutil.rmtree(checkout / "refscale")
+    (checkout / "config.yaml").write_text("modle: {}\n")
+    done = _ray_job_submit(cluster, checkout, "jobs/pipeline.py", "config.yaml", "--run-dir", "r")
+    assert done.returncode != 0
+    assert "did you mean" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout
 
 
 def test_a_killed_job_resubmitted_on_s3_scores_the_rest_and_selects_as_an_embedded_run(

@@ -1,5 +1,7 @@
 """The Kubernetes manifests of cluster/: strict schemas, and what a security reviewer asks of them.
 
+And the image's layers, and the Slurm script, run with commands that only say how they were called.
+
 KubeRay's own schema is large and, as published, lets misspelt fields pass. Here is the part of it
 that our manifests use, closed: a field that is not in it is an error.
 """
@@ -385,3 +387,71 @@ def test_entry_points_are_commands_of_refscale_and_the_config_is_valid():
     folder = re.fullmatch(r"python -m refscale\.demo (\S+)", made).group(1)
     parse_command(run.removeprefix(prefix))
     assert f"{folder}/config.yaml" in run
+
+
+def test_a_change_to_the_code_does_not_install_its_dependencies_again():
+    text = (CLUSTER / "Dockerfile").read_text()
+    before, after = text.split("COPY refscale ./refscale\n")
+    assert "README.md" not in re.search(r"^COPY (.*)$", before, re.M)[1]
+    # No dependency is left to install, and nothing that setuptools built before is newer than the
+    # files it would take now.
+    installs = re.findall(r"pip install .*", after)
+    assert installs == ["pip install -c constraints.txt --no-deps ."]
+    made = re.search(r"mkdir (\S+) && touch README.md", before)[1]
+    removed = re.search(r"rm -rf (build .*) \\\n", before)[1].split()
+    assert {"build", made, f"{made}.egg-info"} == set(removed)
+
+
+# -- Slurm ---------------------------------------------------------------------------------------
+
+_SRUN = """#!/bin/bash
+token=$(stat -c %a "$RAY_AUTH_TOKEN_PATH" 2> /dev/null)
+echo "cpus=$SRUN_CPUS_PER_TASK auth=$RAY_AUTH_MODE token=$token $*" >> "$CALLS"
+case "$*" in
+  *hostname*) echo "10.0.0.1 fe80::1" ;;
+  *"refscale run"*)
+    until [[ $(grep -c "ray start" "$CALLS") -eq 2 ]]; do sleep 0.05; done
+    exit 3 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("gpus", [{"SLURM_GPUS_ON_NODE": "4"}, {}])
+def test_the_slurm_script_gives_ray_its_cpus_and_gpus_and_hides_its_token(tmp_path, gpus):
+    stubs = {
+        "srun": _SRUN,
+        "scontrol": "#!/bin/sh\necho n1; echo n2\n",
+        # Makes the token, and counts the nodes.
+        "python": '#!/bin/sh\ncase "$2" in *secrets*) printf abc ;; *) echo 2 ;; esac\n',
+    }
+    for name, text in stubs.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    env = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin",
+        "HOME": str(tmp_path),
+        "CALLS": str(tmp_path / "calls"),
+        "SLURM_JOB_ID": "123456",
+        "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_CPUS_PER_TASK": "16",
+        **gpus,
+    }
+    script = CLUSTER / "slurm/refscale.sbatch"
+    done = subprocess.run(
+        ["bash", script, "config.yaml", "/shared/run"], env=env, capture_output=True, text=True
+    )
+    # The exit code is that of the run.
+    assert done.returncode == 3, done.stderr
+    hostname, *calls = (tmp_path / "calls").read_text().splitlines()
+    assert "-w n1 hostname" in hostname
+    assert len(calls) == 3
+    for call in calls:
+        assert call.startswith("cpus=16 auth=token token=600 --overlap")
+    head, worker = sorted(
+        (call for call in calls if "ray start" in call), key=lambda call: "--head" not in call
+    )
+    for call in (head, worker):
+        assert f"--num-cpus=16 --num-gpus={gpus.get('SLURM_GPUS_ON_NODE', '0')} " in call
+    assert "--node-ip-address=10.0.0.1 --port=23456" in head
+    assert "-w n2 ray start --address=10.0.0.1:23456" in worker
+    assert not list((tmp_path / ".ray").iterdir())
