@@ -126,7 +126,8 @@ def sleeping(
     scorer = Step(
         SleepingScorer, options={"seconds": shard_s}, pool=(replicas, replicas), num_cpus=cpus
     )
-    steps = [Step(_pass_on, num_cpus=0.01), scorer, Step(_pass_on, num_cpus=0.01)]
+    # Each task in flight is a process: few of them, or starting them is what is measured.
+    steps = [Step(_pass_on, num_cpus=0.25), scorer, Step(_pass_on, num_cpus=0.25)]
     return _repeat(lambda: measure(items, steps, replicas)[0], repeats)
 
 
