@@ -90,8 +90,10 @@ def test_nothing_may_be_given_twice_and_a_seed_is_needed(tmp_path):
         compare(config, str(tmp_path), ["full"], seeds=[])
 
 
-@pytest.mark.parametrize("restart", [False, True])
-def test_restart_deletes_arms_and_the_references_completions_alone(tmp_path, monkeypatch, restart):
+@pytest.fixture
+def ends_before_training(monkeypatch):
+    """A comparison, its corpus scored, that ends with "far enough" where arms would begin."""
+
     def far_enough(*_arguments):
         raise EvaluationError("far enough")
 
@@ -100,6 +102,11 @@ def test_restart_deletes_arms_and_the_references_completions_alone(tmp_path, mon
     monkeypatch.setattr(runtime, "disconnect", lambda: None)
     monkeypatch.setattr(Run, "cluster", None)
     monkeypatch.setattr(comparison_module, "_side_by_side", far_enough)
+
+
+@pytest.mark.usefixtures("ends_before_training")
+@pytest.mark.parametrize("restart", [False, True])
+def test_restart_deletes_arms_and_the_references_completions_alone(tmp_path, restart):
     store = Store(tmp_path)
     folders = ["arms", "reference_completions", "scores", "judgements"]
     for folder in folders:
@@ -110,16 +117,8 @@ def test_restart_deletes_arms_and_the_references_completions_alone(tmp_path, mon
     assert left == (["scores", "judgements"] if restart else folders)
 
 
-def test_completions_made_or_judged_otherwise_are_not_shown_side_by_side(tmp_path, monkeypatch):
-    def far_enough(*_arguments):
-        raise EvaluationError("far enough")
-
-    monkeypatch.setattr(pipeline, "prepare", lambda run: {"files": [{"counts": {"holdout": 1}}]})
-    monkeypatch.setattr(pipeline, "score", lambda run: {"seconds": 1.0})
-    monkeypatch.setattr(runtime, "disconnect", lambda: None)
-    monkeypatch.setattr(Run, "cluster", None)
-    monkeypatch.setattr(comparison_module, "_side_by_side", far_enough)
-
+@pytest.mark.usefixtures("ends_before_training")
+def test_completions_made_or_judged_otherwise_are_not_shown_side_by_side(tmp_path):
     def asked(**changes):
         judge = JudgeConfig(**{"base_url": "http://h/v1", "model": "one", **changes})
         return win_rate(judge, num_prompts=3)
