@@ -294,8 +294,9 @@ def rank_main(plan: dict[str, Any]) -> None:
     from refscale.training import packed_dpo
     from refscale.training.data import REF_COLUMNS, load_selection
     from refscale.training.dpo_trainer import PrecomputedDPOTrainer, peak_memory_gib
-    from refscale.training.options import Device, dpo_arguments
+    from refscale.training.options import dpo_arguments
     from refscale.training.policy import load_policy
+    from refscale.training.presets import Device
     from refscale.training.worker import WorkerSettings, join_ranks
 
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -131,7 +131,7 @@ def validate(config: ConfigPath, overrides: Overrides = None, debug: Debug = Fal
     """Check config and corpus without Ray or a GPU; print the funnel and every refusal."""
     loaded = load_config(config, overrides)
     from refscale.corpus.preparation import validate_sources
-    from refscale.training.options import check_training
+    from refscale.training.checks import check_training
 
     check_training(loaded)
     funnel = validate_sources(loaded)

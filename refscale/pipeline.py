@@ -21,10 +21,10 @@ from typing import Any
 from refscale import schema, summary
 from refscale.cluster.runtime import Step, disconnect, run_graph
 from refscale.cluster.trainer import train_on_ray
-from refscale.config import Config
 from refscale.corpus import fragments, preparation
-from refscale.errors import ConfigError, EvaluationError, FingerprintError, ScoringError
+from refscale.errors import ConfigError, EvaluationError, ScoringError
 from refscale.evaluation import holdout
+from refscale.lineage import require_encoding, require_reference, weights_of
 from refscale.progress import StageProgress, print_counts, print_table, say
 from refscale.run import Run, claim, write_config
 from refscale.scoring import shard_scoring
@@ -32,15 +32,11 @@ from refscale.selection import passes
 from refscale.selection.order import Decision
 from refscale.selection.radix import RadixSelect, Tally
 from refscale.selection.strategies import Moments
-from refscale.storage.fingerprints import digest, first_difference, model_fingerprint
+from refscale.storage.fingerprints import digest
 from refscale.storage.stages import FileRecord, StageFolder
+from refscale.training.checks import NO_HOLDOUT, check_training
 from refscale.training.log import TrainingProgress
-from refscale.training.options import (
-    NO_HOLDOUT,
-    WorkerSettings,
-    check_training,
-    deciding_options,
-)
+from refscale.training.options import WorkerSettings, deciding_options
 
 STAGES = ("prepare", "score", "select", "train", "evaluate", "report")
 _HOLDOUT = "holdout"  # in training/, while a training measures itself
@@ -155,11 +151,11 @@ def score(run: Run) -> dict[str, Any]:
     started = time.monotonic()
     config, corpus, folder = run.config, run.folder("corpus"), run.folder("scores")
     parent = corpus.require()
-    _require_encoding(config, parent)
+    require_encoding(config, parent)
     settings = _scorer_settings(run)
     fingerprint = {
         "corpus": parent["identity"],
-        **_weights(config),
+        **weights_of(config),
         "dtype": settings.dtype,
         "path": settings.path,
         "quantization": settings.quantization,
@@ -193,30 +189,6 @@ def score(run: Run) -> dict[str, Any]:
     manifest = folder.finish(fingerprint, records, counts=counts, seconds=seconds, details=details)
     print_table("scores", summary.scoring_lines(counts, details))
     return manifest
-
-
-def _weights(config: Config) -> dict[str, Any]:
-    """What identifies the reference model."""
-    model = config.model
-    return {
-        "model": model_fingerprint(model.model_name_or_path, model.revision),
-        "adapter": model.adapter and model_fingerprint(model.adapter, None),
-    }
-
-
-def _require_encoding(config: Config, prepared: dict[str, Any]) -> None:
-    """Refuse a corpus of other token ids than the config's.
-
-    Raises:
-        FingerprintError: Names the field.
-    """
-    stored = {"encoding": prepared["fingerprint"]["encoding"]}
-    name, old, new = first_difference(stored, {"encoding": config.encoding.model_dump()})
-    if name:
-        raise FingerprintError(
-            f"corpus/ was made with {name} = {old}, now it is {new}; set it back, or redo all from"
-            " `refscale prepare --restart` on"
-        )
 
 
 def _score_shards(
@@ -377,8 +349,8 @@ def train(run: Run) -> dict[str, Any]:
     started = time.monotonic()
     config, folder, policy = run.config, run.folder("training"), run.folder("policy")
     selected, scores = run.folder("selection").require(), run.folder("scores").require()
-    _require_encoding(config, run.folder("corpus").require())
-    _require_reference(config, scores)
+    require_encoding(config, run.folder("corpus").require())
+    require_reference(config, scores)
     options = config.train.model_dump()
     fingerprint = {
         "selection": selected["identity"],
@@ -442,22 +414,6 @@ def train(run: Run) -> dict[str, Any]:
     )
     print_table("policy", summary.training_lines(metrics, seconds))
     return manifest
-
-
-def _require_reference(config: Config, scored: dict[str, Any]) -> None:
-    """Refuse sums of another model than the config's: DPO starts from the one that scored.
-
-    Raises:
-        FingerprintError: Names the file that differs.
-    """
-    weights = _weights(config)
-    stored = {name: scored["fingerprint"][name] for name in weights}
-    name, old, new = first_difference(stored, weights)
-    if name:
-        raise FingerprintError(
-            f"scores/ are those of another model: {name} was {old}, now it is {new}; set"
-            " model.model_name_or_path back, or redo all from `refscale score --restart` on"
-        )
 
 
 def _held_out(run: Run, training: StageFolder) -> list[str]:

@@ -35,7 +35,8 @@ from refscale.storage.fingerprints import first_difference
 from refscale.storage.locks import RunLock
 from refscale.storage.stages import StageFolder
 from refscale.storage.store import Store
-from refscale.training.options import check_training, deciding_options
+from refscale.training.checks import check_training
+from refscale.training.options import deciding_options
 
 if TYPE_CHECKING:
     from refscale.run import Run

@@ -4,12 +4,26 @@ import warnings
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from refscale.config_file import explain_model_name
 from refscale.errors import ModelError
 from refscale.scoring.cpu_products import use_onednn
 from refscale.scoring.devices import choose_dtype, keep_freed_memory
+
+_LOADING_FAILS = (
+    OSError,
+    ValueError,
+    ImportError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    RuntimeError,
+    AssertionError,  # torch without CUDA
+    SafetensorError,
+    UserWarning,  # what `_merged` makes an error of
+)
 
 
 def load_model(
@@ -57,7 +71,7 @@ def load_model(
             model = model.to(device)
         if device == "cpu":
             use_onednn(model)
-    except Exception as exc:  # a model's own code may raise anything
+    except _LOADING_FAILS as exc:
         lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
         if isinstance(exc, LookupError | AttributeError | TypeError):  # do not speak for themselves
             lines.insert(0, f"{type(exc).__name__}:")

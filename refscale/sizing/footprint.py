@@ -116,7 +116,7 @@ def model_shape(config: Config) -> ModelShape:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from refscale.scoring.flops import Flops
-    from refscale.training.options import peft_config
+    from refscale.training.presets import peft_config
 
     name = config.model.model_name_or_path
     trust = {"trust_remote_code": config.model.trust_remote_code}

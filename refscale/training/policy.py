@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOTrainer
 
 from refscale.errors import ConfigError, ModelError
-from refscale.training.options import Device, WorkerSettings
+from refscale.training.options import WorkerSettings
+from refscale.training.presets import Device
 
 
 def load_policy(settings: WorkerSettings, device: Device) -> tuple[Any, Any]:

@@ -46,8 +46,9 @@ from refscale.training import packed_dpo
 from refscale.training.checkpoints import CHECKPOINT_FILE, check_checkpoint, checkpoint_record
 from refscale.training.data import easy_to_hard, load_selection, pair_tokens
 from refscale.training.dpo_trainer import PrecomputedDPOTrainer, peak_memory_gib
-from refscale.training.options import Device, WorkerSettings, dpo_arguments, peft_config
+from refscale.training.options import WorkerSettings, dpo_arguments
 from refscale.training.policy import load_policy, model_card, save_policy
+from refscale.training.presets import Device, peft_config
 from refscale.training.start_check import packed_check, positions_check, start_check
 
 __all__ = ["WorkerSettings", "join_ranks", "run_worker"]

@@ -2,21 +2,15 @@
 
 import subprocess
 import sys
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from refscale import pipeline, schema
-from refscale.config import parse_config
+from refscale import schema
 from refscale.errors import EvaluationError, SchemaError
 from refscale.evaluation import holdout
 from refscale.evaluation.holdout import evaluate_pairs, label_purity
-from refscale.run import Run
-from refscale.storage.stages import StageFolder
-from refscale.storage.store import Store
 
 
 def table(rows: list[tuple]) -> pa.Table:
@@ -179,37 +173,6 @@ def test_impossible_purity_inputs_are_refused(
 ) -> None:
     with pytest.raises(EvaluationError, match=message):
         label_purity(np.array(flipped, bool), np.array(kept, bool), np.array(keys))
-
-
-@pytest.mark.parametrize("quantization", [None, "8bit", "4bit"])
-def test_a_quantised_reference_is_said_to_differ_from_the_policy(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any, quantization: str | None
-) -> None:
-    scored_with = []
-
-    def score_shards(_run: Run, _label: str, settings: Any, *_rest: Any) -> list[Any]:
-        scored_with.append(settings.quantization)
-        return []
-
-    monkeypatch.setattr(Run, "cluster", SimpleNamespace(embedded=False, gpus=0))
-    monkeypatch.setattr(pipeline, "_score_shards", score_shards)
-    store = Store(tmp_path)
-    for stage in ("corpus", "scores", "selection", "policy"):
-        folder = StageFolder(store, stage)
-        folder.begin({"dtype": "float32"})
-        folder.finish({"dtype": "float32"}, [], counts={}, seconds=0.0)
-    config = parse_config(
-        {
-            "model": {"model_name_or_path": "m", "dtype": "float32"},
-            "corpus": {"sources": [{"path": "a.jsonl"}]},
-            "score": {"quantization": quantization},
-        }
-    )
-    pipeline.evaluate(Run(store, config))
-    said = " ".join(capsys.readouterr().err.split())
-    assert ("its margins also hold the error of that" in said) == (quantization is not None)
-    assert f"scored in {quantization} and the policy is not" in said or quantization is None
-    assert scored_with == [None]
 
 
 def test_importing_evaluation_imports_neither_torch_nor_ray() -> None:

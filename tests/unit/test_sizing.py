@@ -158,7 +158,7 @@ def test_sizes_of_buffers_are_those_of_deepspeed_and_trl():
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
     from refscale.scoring import devices, logps
-    from refscale.training.options import deepspeed_config
+    from refscale.training.presets import deepspeed_config
 
     def zero(stage):
         preset = deepspeed_config(stage, device="cuda", bf16=True)["zero_optimization"]

@@ -13,8 +13,9 @@ from refscale.config import Config, TrainConfig
 from refscale.errors import ConfigError
 from refscale.run import Run
 from refscale.storage.store import Store
-from refscale.training import options
-from refscale.training.options import deepspeed_config, dpo_arguments, peft_config
+from refscale.training import checks
+from refscale.training.options import dpo_arguments
+from refscale.training.presets import deepspeed_config, peft_config
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
@@ -102,7 +103,7 @@ def test_what_no_training_would_take_is_known_before_anything_is_scored(
 
 
 def test_schedules_are_those_of_transformers() -> None:
-    assert set(options.SCHEDULERS) == {kind.value for kind in SchedulerType}
+    assert set(checks.SCHEDULERS) == {kind.value for kind in SchedulerType}
 
 
 def test_schedules_take_their_arguments() -> None:
@@ -114,7 +115,7 @@ def test_schedules_take_their_arguments() -> None:
 
 def test_refused_and_owned_options_are_real_fields_of_dpo_config() -> None:
     known = {f.name for f in dataclasses.fields(DPOConfig)} | {"warmup_ratio"}
-    assert set(options._REFUSED) | set(options._OWNED) <= known
+    assert set(checks._REFUSED) | set(checks._OWNED) <= known
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -1,0 +1,125 @@
+"""Configs of DeepSpeed and LoRA, from what the section train says of them.
+
+In: plain values of the config. Out: what transformers and peft take. Costs the import of peft where
+an adapter is trained; no model, no device.
+"""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from refscale.errors import ConfigError
+
+Device = Literal["cpu", "cuda"]
+
+_ZERO_PRESETS: dict[str, dict[str, Any]] = {
+    "zero1": {"stage": 1},
+    "zero2": {"stage": 2, "overlap_comm": True, "contiguous_gradients": True},
+    "zero3": {
+        "stage": 3,
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto",
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+}
+
+
+def deepspeed_config(
+    preset: str | dict[str, Any] | None, *, device: Device, bf16: bool
+) -> dict[str, Any] | None:
+    """A DeepSpeed config for a preset, or the user's own with what must hold filled in.
+
+    `"auto"` values are filled in from the training arguments by transformers. No optimizer is
+    named: torch's fused AdamW of the trainer is used in every stage, on CUDA, on CPU and offloaded,
+    because DeepSpeed's own ones are compiled on first use and need a toolchain on every node.
+
+    Args:
+        preset: zero1, zero2, zero3, zero2_offload, zero3_offload, a DeepSpeed config, or None.
+        device: Where the model computes.
+        bf16: Compute in bfloat16.
+
+    Raises:
+        ConfigError: The preset is unknown, or the dict asks for float16 or another precision than
+            `bf16`.
+    """
+    if preset is None:
+        return None
+    base: dict[str, Any] = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": bf16},
+        # Torch's AdamW has both a CPU and a CUDA kernel, so it also runs offloaded.
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1_000_000_000,
+    }
+    if isinstance(preset, str):
+        name, offload = preset.removesuffix("_offload"), preset.endswith("_offload")
+        if name not in _ZERO_PRESETS or preset == "zero1_offload":
+            known = [*_ZERO_PRESETS, "zero2_offload", "zero3_offload"]
+            raise ConfigError(
+                f"train.deepspeed: {preset!r} is not a preset{nearest(preset, known)}"
+            )
+        zero = dict(_ZERO_PRESETS[name])
+        if offload:
+            target = {"device": "cpu", "pin_memory": device == "cuda"}
+            zero["offload_optimizer"] = dict(target)
+            if name == "zero3":
+                zero["offload_param"] = dict(target)
+        return {**base, "zero_optimization": zero}
+    if dict(preset.get("fp16") or {}).get("enabled"):
+        raise ConfigError("train.deepspeed.fp16.enabled is true; use train.bf16 or float32")
+    asked = dict(preset.get("bf16") or {}).get("enabled", bf16)
+    if asked != "auto" and bool(asked) != bf16:
+        raise ConfigError(
+            f"train.deepspeed.bf16.enabled is {asked} but training computes in"
+            f" {'bfloat16' if bf16 else 'float32'}; set train.bf16, or the value to 'auto'"
+        )
+    config: dict[str, Any] = json.loads(json.dumps({**base, **preset}))
+    config["bf16"] = {**dict(preset.get("bf16") or {}), "enabled": bf16}
+    zero = config.setdefault("zero_optimization", {"stage": 0})
+    if zero.get("stage") == 3:  # else the policy could not be saved
+        zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)
+    return config
+
+
+def peft_config(fields: dict[str, Any] | None) -> Any:
+    """A `peft.LoraConfig` for `train.peft`; None where there is none.
+
+    Raises:
+        ConfigError: A field that LoraConfig does not have (the nearest is named), a value that it
+            refuses, or an adapter on the output head, which TRL's fused head would not train.
+    """
+    if not fields:
+        return None
+    from peft import LoraConfig
+
+    known = {f.name for f in dataclasses.fields(LoraConfig) if f.init}
+    for key in fields:
+        if key not in known:
+            raise ConfigError(f"unknown key train.peft.{key}{nearest(key, sorted(known))}")
+    targets = fields.get("target_modules") or ()
+    if "lm_head" in ([targets] if isinstance(targets, str) else targets):
+        raise ConfigError(
+            "train.peft.target_modules holds lm_head: log-probs are computed from its weight"
+            " directly, so an adapter on it would not be trained; leave it out"
+        )
+    try:
+        return LoraConfig(**{"task_type": "CAUSAL_LM", **fields})
+    except (ValueError, TypeError, ImportError) as exc:
+        raise ConfigError(f"train.peft: {' '.join(str(exc).split())}") from exc
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The end of a message about an unknown name: what it may have meant, or all there are."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; known: {', '.join(known)}" if len(known) <= 20 else ""

@@ -1,0 +1,156 @@
+"""The stages on a whole run, their graphs run in this process: what they hand on and refuse."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+from support import save_tiny_llama, string_pairs, write_jsonl
+
+from refscale import pipeline
+from refscale.cluster.runtime import ClusterInfo
+from refscale.config import parse_config
+from refscale.errors import CorpusError, FingerprintError
+from refscale.lineage import weights_of
+from refscale.run import Run
+from refscale.storage.stages import StageFolder
+from refscale.storage.store import Store
+
+
+@pytest.fixture
+def made(tiny_model, tmp_path, monkeypatch):
+    """Makes the run of 40 pairs in two sources, sections changed; graphs run in this process."""
+
+    def run_here(items, steps, **_options):
+        runs = [step.run(**step.options) if step.options else step.run for step in steps]
+        for item in items:
+            for run in runs:
+                item = run(item)
+            yield item
+
+    monkeypatch.setattr(pipeline, "run_graph", run_here)
+    paths = [write_jsonl(tmp_path / f"{i}.jsonl", string_pairs(20, seed=i)) for i in range(2)]
+    with paths[1].open("a") as file:
+        file.write("not json\n")
+    sections = {
+        "model": {"model_name_or_path": str(tiny_model)},
+        "corpus": {"sources": [{"path": str(path)} for path in paths], "shard_pairs": 10},
+    }
+
+    def make(**changes):
+        changed = parse_config({**sections, **changes})
+        here = ClusterInfo(embedded=True, cpus=1, gpus=0, nodes=1, physical_cores=1)
+        return Run(Store(tmp_path / "run"), changed, _cluster=here)
+
+    return make
+
+
+def test_damaged_refusals_are_read_again_and_the_corpus_stays(made):
+    run = made()
+    before = pipeline.prepare(run)
+    shards = [run.store.path(f"corpus/{file['name']}") for file in before["files"]]
+    written = [os.stat(path).st_mtime_ns for path in shards]
+    refused = run.folder("quarantine").require()
+    (name,) = (file["name"] for file in refused["files"] if file["rows"])
+    run.store.write_bytes(f"quarantine/{name}", b"damaged")
+    assert pipeline.prepare(run)["identity"] == before["identity"]
+    assert run.folder("quarantine").require()["identity"] == refused["identity"]
+    assert [os.stat(path).st_mtime_ns for path in shards] == written
+
+
+def test_the_seconds_of_a_preparing_that_broke_off_count(made, monkeypatch):
+
+    def killed(*_arguments, **_options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.fragments, "merge_bucket", killed)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.prepare(made())
+    claim = made().store.path("corpus/STAGE.json")
+    at = os.stat(claim).st_mtime - 1000
+    os.utime(claim, (at, at))
+    assert 1000 < pipeline.prepare(made())["seconds"] < 1100
+
+
+def test_a_corpus_without_a_pair_is_not_finished(made):
+    sources = [{**source.model_dump(), "weight": 1e-9} for source in made().config.corpus.sources]
+    corpus = {"sources": sources, "max_bad_fraction": 1}
+    with pytest.raises(CorpusError, match="no pair is left of the 41 rows: 1 were refused, 40"):
+        pipeline.prepare(made(corpus=corpus))
+
+
+def test_what_was_scored_is_what_training_starts_from(made, tmp_path):
+    run = made()
+    prepared = pipeline.prepare(run)
+    scores, selection = run.folder("scores"), run.folder("selection")
+    weights = weights_of(run.config)
+    scores.begin(weights)
+    scores.finish(weights, [], counts={}, seconds=1)
+    selection.begin({})
+    selection.finish({}, [], counts={}, seconds=1)
+    longer = made(encoding={"max_length": 512})
+    for stage in (pipeline.score, pipeline.train):
+        with pytest.raises(FingerprintError, match=r"encoding\.max_length = 1024, now it is 512"):
+            stage(longer)
+    other = save_tiny_llama(tmp_path / "other", seed=1)
+    with pytest.raises(FingerprintError, match=r"another model: model\.model\.safetensors was"):
+        pipeline.train(made(model={"model_name_or_path": str(other)}))
+    assert prepared["rows"] and not run.store.exists("training")
+
+
+def test_a_sample_of_the_holdout_is_evaluated_in_one_dtype(made, tiny_model, capsys):
+    corpus = {**made().config.corpus.model_dump(), "holdout_fraction": 0.5}
+    evaluate = {"max_pairs": 4}
+    run = made(corpus=corpus, evaluate=evaluate)
+    pipeline.prepare(run)
+    pipeline.score(run)
+    run.folder("selection").begin({})
+    run.folder("selection").finish({}, [], counts={}, seconds=1)
+    policy = run.folder("policy")
+    policy.begin({})
+    run.store.upload_folder(str(tiny_model), "policy")
+    policy.finish({}, policy.adopt(), counts={}, seconds=1)
+    capsys.readouterr()
+    assert pipeline.evaluate(run)["rows"] == 4
+    assert "evaluate  4 of 4 pairs" in capsys.readouterr().err
+    in_bf16 = made(
+        corpus=corpus,
+        evaluate=evaluate,
+        model={**run.config.model.model_dump(), "dtype": "bfloat16"},
+    )
+    with pytest.raises(FingerprintError, match="dtype = float32, now it is bfloat16"):
+        pipeline.evaluate(in_bf16)
+    in_bf16.restart = frozenset({"evaluate"})
+    pipeline.evaluate(in_bf16)
+    assert "scored in float32 and the policy is in bfloat16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("quantization", [None, "8bit", "4bit"])
+def test_a_quantised_reference_is_said_to_differ_from_the_policy(
+    tmp_path, monkeypatch, capsys, quantization
+):
+    scored_with = []
+
+    def score_shards(_run, _label, settings, *_rest):
+        scored_with.append(settings.quantization)
+        return []
+
+    monkeypatch.setattr(Run, "cluster", SimpleNamespace(embedded=False, gpus=0))
+    monkeypatch.setattr(pipeline, "_score_shards", score_shards)
+    store = Store(tmp_path)
+    for stage in ("corpus", "scores", "selection", "policy"):
+        folder = StageFolder(store, stage)
+        folder.begin({"dtype": "float32"})
+        folder.finish({"dtype": "float32"}, [], counts={}, seconds=0.0)
+    config = parse_config(
+        {
+            "model": {"model_name_or_path": "m", "dtype": "float32"},
+            "corpus": {"sources": [{"path": "a.jsonl"}]},
+            "score": {"quantization": quantization},
+        }
+    )
+    pipeline.evaluate(Run(store, config))
+    said = " ".join(capsys.readouterr().err.split())
+    assert ("its margins also hold the error of that" in said) == (quantization is not None)
+    assert f"scored in {quantization} and the policy is not" in said or quantization is None
+    assert scored_with == [None]
