@@ -117,17 +117,21 @@ def measure(
 
 
 def sleeping(
-    replicas: int, *, shard_s: float, shards_each: int, cpus: float, repeats: int
+    replicas: int, *, shard_s: float, shards_each: int, repeats: int
 ) -> dict[str, list[float]]:
     """Figures of sleeping scorers, `repeats` times."""
+    import ray
+
     from refscale.cluster.runtime import Step
 
+    cpus = ray.cluster_resources().get("CPU", 0)
+    if cpus < replicas + 1:
+        print(f"{replicas} replicas wait until there are more than {cpus:g} CPUs", file=sys.stderr)
     items = [{"shard": f"shard-{i:05d}"} for i in range(replicas * shards_each)]
-    scorer = Step(
-        SleepingScorer, options={"seconds": shard_s}, pool=(replicas, replicas), num_cpus=cpus
-    )
-    # Each task in flight is a process: few of them, or starting them is what is measured.
-    steps = [Step(_pass_on, num_cpus=0.25), scorer, Step(_pass_on, num_cpus=0.25)]
+    scorer = Step(SleepingScorer, options={"seconds": shard_s}, pool=(replicas, replicas))
+    # A CPU for each, as in a run. Ray keeps as many processes as there are CPUs: with more in
+    # flight it ends and starts them all the time, and that is what would be measured.
+    steps = [Step(_pass_on), scorer, Step(_pass_on)]
     return _repeat(lambda: measure(items, steps, replicas)[0], repeats)
 
 
@@ -164,7 +168,7 @@ def scoring(run_dir: str, replicas: int, *, repeats: int) -> tuple[dict[str, lis
         num_threads=max(1, int(cpus)),
     )
     steps = [
-        Step(engine.read_pairs(corpus), num_cpus=0.01),
+        Step(engine.read_pairs(corpus), num_cpus=config.ray.cpus_per_task),
         Step(
             TimedScorer,
             options={"settings": settings},
@@ -221,7 +225,7 @@ def simulated_nodes(nodes: int, arguments: argparse.Namespace) -> dict[str, list
     each = arguments.replicas_per_node
     cluster = Cluster(initialize_head=False)
     try:
-        cluster.add_node(num_cpus=1)
+        cluster.add_node(num_cpus=2)
         for _ in range(nodes):
             cluster.add_node(num_cpus=each)
         _connect(cluster.address, each)
@@ -229,7 +233,6 @@ def simulated_nodes(nodes: int, arguments: argparse.Namespace) -> dict[str, list
             nodes * each,
             shard_s=arguments.shard_s,
             shards_each=arguments.shards_each,
-            cpus=1,
             repeats=arguments.repeats,
         )
     finally:
@@ -283,6 +286,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--run-dir", help="a run with a prepared corpus, to score for real")
     parser.add_argument("--out", help="JSON file or folder; default: benchmarks/results")
     arguments = parser.parse_args(argv)
+    from refscale.cluster.runtime import disconnect
+
     rows: list[Row] = []
     for count in arguments.nodes or arguments.replicas:
         label: dict[str, Any] = {"replicas": count}
@@ -291,7 +296,7 @@ def main(argv: list[str] | None = None) -> int:
             label["shard_s"] = arguments.shard_s
             figures = simulated_nodes(count, arguments)
         else:
-            _connect(arguments.address, 8)
+            _connect(arguments.address, count + 8)
             if arguments.run_dir:
                 figures, label["device"] = scoring(
                     arguments.run_dir, count, repeats=arguments.repeats
@@ -302,18 +307,14 @@ def main(argv: list[str] | None = None) -> int:
                     count,
                     shard_s=arguments.shard_s,
                     shards_each=arguments.shards_each,
-                    cpus=0.01,
                     repeats=arguments.repeats,
                 )
+            disconnect(force=True)
         rows.append(_row(label, figures))
     for row in rows:
         gain = row["throughput"]["median"] / rows[0]["throughput"]["median"]
         row["speedup"] = gain
         row["scaling"] = gain * rows[0]["replicas"] / row["replicas"]
-    if not arguments.nodes:
-        from refscale.cluster.runtime import disconnect
-
-        disconnect(force=True)
     kind = "nodes" if arguments.nodes else "scoring" if arguments.run_dir else "overhead"
     notes = ["scaling: throughput against as many times the first row's"]
     if not arguments.run_dir:
