@@ -29,6 +29,7 @@ UNITS = {
     "overhead_ms": "a shard",
     "efficiency": "of full use",
     "throughput": "shards/s",
+    "driver_ms": "CPU of the driver, a shard",
     "tokens_per_s": "tokens/s a replica",
     "mfu": "of the peak",
 }
@@ -88,9 +89,9 @@ def measure(
     """
     from refscale.cluster.runtime import run_graph
 
-    begun = time.time()
+    begun, cpu = time.time(), time.process_time()
     results = list(run_graph(items, steps))
-    wall = time.time() - begun
+    wall, cpu = time.time() - begun, time.process_time() - cpu
     by_replica: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         by_replica.setdefault(result["replica"], []).append(result)
@@ -112,6 +113,7 @@ def measure(
         "efficiency": busy / available,
         "overhead_ms": 1000 * (available - busy) / max(inside, 1),
         "throughput": inside / (last - first),
+        "driver_ms": 1000 * cpu / len(results),
     }
     return figures, results
 
@@ -316,7 +318,13 @@ def main(argv: list[str] | None = None) -> int:
         row["speedup"] = gain
         row["scaling"] = gain * rows[0]["replicas"] / row["replicas"]
     kind = "nodes" if arguments.nodes else "scoring" if arguments.run_dir else "overhead"
-    notes = ["scaling: throughput against as many times the first row's"]
+    notes = [
+        "efficiency: busy share of the scorers while all are up; throughput counts the shards that"
+        " end in that time, so few shards make it coarse",
+        "scaling: throughput a replica against the first row's",
+        "driver: with its start; it is one process, so its CPU time a shard bounds how many shards"
+        " a second any number of replicas can do",
+    ]
     if not arguments.run_dir:
         notes.append("scorers sleep: the figures are Ray's part alone, not a model's")
     path = write_result(
