@@ -58,8 +58,8 @@ def submit(
         config_path: The run's config; relative paths in it are made absolute here.
         run_dir: The run folder: a URI, or a path of a file system that all nodes share.
         overrides: `section.key=value`, as for `refscale run`.
-        address: Of the dashboard, for example http://127.0.0.1:8265; RAY_API_SERVER_ADDRESS and
-            RAY_ADDRESS come before it, as in Ray's own client.
+        address: Of the dashboard, for example http://127.0.0.1:8265; None takes
+            RAY_API_SERVER_ADDRESS, then RAY_ADDRESS.
         stage: One of STAGES.
         restart: Redo the stage from nothing; not with `run`.
         submission_id: Name of the job; default: Ray's.
@@ -79,6 +79,9 @@ def submit(
     for path in paths_on_nodes(config, run_dir):
         say(f"submit    every node must see {path}")
     _enable_token()
+    if address:
+        # Ray's client would else prefer the variables, and send the job to their cluster.
+        os.environ["RAY_API_SERVER_ADDRESS"] = address
     with tempfile.TemporaryDirectory(prefix="refscale-submit-") as folder:
         stage_job(config, Path(folder))
         client, job = _send(

@@ -77,6 +77,7 @@ class Generator:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        from refscale.scoring.loading import merge_adapter
         from refscale.scoring.reference import choose_dtype
 
         self.settings = settings
@@ -98,12 +99,14 @@ class Generator:
                     folder, padding_side="left", **common
                 )
                 model = AutoModelForCausalLM.from_pretrained(
-                    folder, dtype=choose_dtype(settings.dtype, device)[0], **common, **attention
+                    folder,
+                    dtype=choose_dtype(settings.dtype, device)[0],
+                    use_safetensors=True,
+                    **common,
+                    **attention,
                 )
             if settings.adapter is not None:
-                from peft import PeftModel
-
-                model = PeftModel.from_pretrained(model, settings.adapter).merge_and_unload()
+                model = merge_adapter(model, settings.adapter)
         except (OSError, ValueError, KeyError) as exc:
             raise ModelError(f"cannot load {settings.model_name_or_path}: {exc}") from exc
         self._model = model.to(device).eval()

@@ -1,5 +1,6 @@
 """Loading a causal LM to score with: dtype, quantization, adapter, devices. No inference here."""
 
+import os
 import warnings
 from typing import Any
 
@@ -22,7 +23,6 @@ _LOADING_FAILS = (
     RuntimeError,
     AssertionError,  # torch without CUDA
     SafetensorError,
-    UserWarning,  # what `_merged` makes an error of
 )
 
 
@@ -66,7 +66,7 @@ def load_model(
         )
         _require_whole(model, found["missing_keys"])
         if adapter:
-            model = _merged(model, adapter)
+            model = merge_adapter(model, adapter)
         if "device_map" not in options:
             model = model.to(device)
         if device == "cpu":
@@ -96,13 +96,33 @@ def _require_whole(model: Any, missing: set[str]) -> None:
         )
 
 
-def _merged(model: Any, adapter: str) -> Any:
-    from peft import PeftModel
+def merge_adapter(model: Any, adapter: str) -> Any:
+    """The model with an adapter's weights added to its own.
 
-    with warnings.catch_warnings():
-        # peft only warns, and takes layers without weights as untrained ones.
-        warnings.filterwarnings("error", message=".*missing adapter keys")
-        adapted = PeftModel.from_pretrained(model, adapter)
+    Args:
+        model: A causal LM; it is changed.
+        adapter: Folder or hub id of a LoRA adapter in safetensors.
+
+    Raises:
+        OSError: It has no safetensors, or cannot be read.
+        ValueError: It belongs to another model, lacks weights, or is of a kind without any to add.
+    """
+    from huggingface_hub import hf_hub_download
+    from peft import PeftModel
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+    # Without them peft would unpickle adapter_model.bin.
+    if not os.path.isdir(adapter):
+        hf_hub_download(adapter, SAFETENSORS_WEIGHTS_NAME)
+    elif not os.path.isfile(os.path.join(adapter, SAFETENSORS_WEIGHTS_NAME)):
+        raise OSError(f"the adapter {adapter} has no {SAFETENSORS_WEIGHTS_NAME}")
+    try:
+        with warnings.catch_warnings():
+            # peft only warns, and takes layers without weights as untrained ones.
+            warnings.filterwarnings("error", message=".*missing adapter keys")
+            adapted = PeftModel.from_pretrained(model, adapter)
+    except (UserWarning, RuntimeError, LookupError, AttributeError, TypeError) as exc:
+        raise ValueError(f"the adapter {adapter} does not fit: {exc}") from exc
     if not hasattr(adapted.base_model, "merge_and_unload"):
         kind = adapted.active_peft_config.peft_type.value
         raise ValueError(f"an adapter of type {kind} cannot be merged into the weights")

@@ -86,15 +86,10 @@ def model_fingerprint(model_name_or_path: str, revision: str | None) -> dict[str
     if folder.is_dir():
         names = [
             file.name
-            for pattern in (
-                "*.safetensors",
-                "*.bin",
-                "config.json",
-                "adapter_config.json",
-            )
+            for pattern in ("*.safetensors", "config.json", "adapter_config.json")
             for file in folder.glob(pattern)
         ]
-        if not any(name.endswith((".safetensors", ".bin")) for name in names):
+        if not any(name.endswith(".safetensors") for name in names):
             raise StorageError(
                 f"{folder} holds no *.safetensors; model.model_name_or_path must be a folder"
                 " written by save_pretrained or a hub id"

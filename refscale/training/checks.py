@@ -155,10 +155,24 @@ def check_training(config: "Config") -> None:
             "model.dtype is float16, which is for scoring alone: training computes in bfloat16 or"
             " float32, and the stored sums would not be the policy's; set one of those"
         )
+    check_quantization(config.score.quantization, config.train.peft)
     if config.train.eval_steps and not (
         config.corpus.holdout_fraction or any(source.holdout for source in config.corpus.sources)
     ):
         raise ConfigError(NO_HOLDOUT)
+
+
+def check_quantization(quantization: str | None, peft: dict[str, Any] | None) -> None:
+    """Refuse a quantised base without LoRA.
+
+    Raises:
+        ConfigError: Says what to add.
+    """
+    if quantization and not peft:
+        raise ConfigError(
+            f"score.quantization is {quantization} but train.peft is not set: quantised weights"
+            " cannot be trained; add e.g. train.peft: {r: 16}, or score unquantised"
+        )
 
 
 def check_options(train: dict[str, Any]) -> None:

@@ -24,7 +24,9 @@ import trl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOTrainer
 
-from refscale.errors import ConfigError, ModelError
+from refscale.errors import ModelError
+from refscale.scoring.loading import merge_adapter
+from refscale.training.checks import check_quantization
 from refscale.training.options import WorkerSettings
 from refscale.training.presets import Device
 
@@ -37,14 +39,14 @@ def load_policy(settings: WorkerSettings, device: Device) -> tuple[Any, Any]:
         ModelError: They cannot be loaded.
     """
     train = settings.train
-    if settings.quantization and not train["peft"]:
-        raise ConfigError(
-            f"score.quantization is {settings.quantization} but train.peft is not set: quantised"
-            " weights cannot be trained; add e.g. train.peft: {r: 16}, or score unquantised"
-        )
+    check_quantization(settings.quantization, train["peft"])
     half = settings.bf16 and bool(train["deepspeed"] or train["peft"])
     hub = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
-    kwargs: dict[str, Any] = {**hub, "dtype": torch.bfloat16 if half else torch.float32}
+    kwargs: dict[str, Any] = {
+        **hub,
+        "dtype": torch.bfloat16 if half else torch.float32,
+        "use_safetensors": True,
+    }
     if settings.attn_implementation:
         kwargs["attn_implementation"] = settings.attn_implementation
     if settings.quantization:
@@ -61,9 +63,7 @@ def load_policy(settings: WorkerSettings, device: Device) -> tuple[Any, Any]:
         with _whole_weights(when=settings.adapter is not None):
             model = AutoModelForCausalLM.from_pretrained(settings.model_name_or_path, **kwargs)
             if settings.adapter is not None:
-                from peft import PeftModel
-
-                model = PeftModel.from_pretrained(model, settings.adapter).merge_and_unload()
+                model = merge_adapter(model, settings.adapter)
     except (OSError, ValueError, ImportError, KeyError) as exc:
         first = (str(exc).strip() or type(exc).__name__).splitlines()[0]
         raise ModelError(

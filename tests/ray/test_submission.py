@@ -72,13 +72,13 @@ class LoopbackCluster:
             timeout=timeout_s,
         )
 
-    def driver_of(self, stage: str) -> psutil.Process:
-        """The process on the cluster that runs a submitted stage."""
+    def driver_of(self, stage: str, run_dir: str) -> psutil.Process:
+        """The process on the cluster that runs a submitted stage of a run."""
         for process in psutil.process_iter(["cmdline"]):
             words = process.info["cmdline"] or []
-            if words[1:4] == ["-m", "refscale.cli", stage]:
+            if words[1:4] == ["-m", "refscale.cli", stage] and run_dir in words:
                 return process
-        raise AssertionError(f"no driver of {stage}")
+        raise AssertionError(f"no driver of {stage} of {run_dir}")
 
     def get(self, path: str) -> requests.Response:
         headers = {"Authorization": f"Bearer {TOKEN}"}
@@ -225,7 +225,8 @@ def test_a_job_runs_streams_its_log_resumes_and_shows_no_secret(cluster, config,
 def test_the_exit_code_is_that_of_the_job(cluster, config, tmp_path):
     # Known on the nodes only: here the config is well-formed.
     override = "corpus.sources.0.path=absent.jsonl"
-    done = cluster.submit(str(config), str(tmp_path / "run"), override)
+    elsewhere = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9", "RAY_ADDRESS": "127.0.0.1:9"}
+    done = cluster.submit(str(config), str(tmp_path / "run"), override, **elsewhere)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "absent.jsonl" in done.stdout
 
@@ -366,7 +367,7 @@ def _kill_after(shards: int, cluster, s3, config: Path, run_dir: str, stage: str
         while len(_scored(s3)) <= shards:
             assert job.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
-        cluster.driver_of(stage).kill()
+        cluster.driver_of(stage, run_dir).kill()
         assert job.wait(120) != 0
     s3.heal()
     there = Store(run_dir).list_files("scores")

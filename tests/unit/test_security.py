@@ -7,17 +7,26 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from refscale import secrets
 from refscale.cli import main
 from refscale.cluster import submission
-from refscale.config import parse_config
+from refscale.config import TrainConfig, parse_config
 from refscale.config_file import load_config
 from refscale.errors import ConfigError, ModelError, StorageError
+from refscale.evaluation.generation import Generator, GeneratorSettings
 from refscale.run import Run, claim
+from refscale.scoring.reference import ReferenceModel
+from refscale.storage.fingerprints import model_fingerprint
 from refscale.storage.stages import StageFolder
 from refscale.storage.store import Store
+from refscale.training.options import WorkerSettings
+from refscale.training.policy import load_policy
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "refscale").rglob("*.py"))
@@ -75,11 +84,7 @@ def test_remote_code_is_off_by_default():
     assert make_config().model.trust_remote_code is False
 
 
-def test_a_model_that_is_a_pickle_is_refused(tmp_path, tiny_model):
-    import torch
-
-    from refscale.scoring.reference import ReferenceModel
-
+def test_a_model_that_is_a_pickle_is_refused_wherever_one_is_loaded(tmp_path, tiny_model):
     for file in tiny_model.iterdir():
         if file.suffix != ".safetensors":
             (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -89,9 +94,45 @@ def test_a_model_that_is_a_pickle_is_refused(tmp_path, tiny_model):
             return os.mkdir, (str(tmp_path / "executed"),)
 
     torch.save({"lm_head.weight": Payload()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="cannot load the model"):
-        ReferenceModel.load(str(tmp_path), device="cpu")
+    for load in _loaders(str(tmp_path), None):
+        with pytest.raises(ModelError, match="cannot load"):
+            load()
+    with pytest.raises(StorageError, match="holds no .*safetensors"):
+        model_fingerprint(str(tmp_path), None)
     assert not (tmp_path / "executed").exists()
+
+
+def test_pickled_adapters_are_refused_wherever_one_is_merged(tiny_model, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path)
+    whole = _loaders(str(tiny_model), str(tmp_path))
+    for load in whole:
+        load()
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    torch.save(weights, tmp_path / "adapter_model.bin")  # a loader that took it would not fail
+    (tmp_path / "adapter_model.safetensors").unlink()
+    for load in whole:
+        with pytest.raises(ModelError, match="has no adapter_model.safetensors"):
+            load()
+
+
+def _loaders(model, adapter):
+    """Every place that loads a model: to score, to train and to let it answer."""
+    training = WorkerSettings(
+        train=TrainConfig().model_dump(),
+        model_name_or_path=model,
+        adapter=adapter,
+        selection_files=[],
+        output_dir="",
+        policy_dir="",
+        max_length=64,
+    )
+    return [
+        lambda: ReferenceModel.load(model, adapter=adapter, device="cpu"),
+        lambda: load_policy(training, "cpu"),
+        lambda: Generator(GeneratorSettings(model, adapter=adapter)),
+    ]
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../outside"])

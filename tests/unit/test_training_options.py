@@ -85,6 +85,7 @@ def test_options_that_cannot_hold_are_refused_with_the_reason(
         ({"train": {"peft": {"rank": 4}}}, "unknown key train.peft.rank"),
         ({"train": {"report_to": ["wandbb"]}}, "did you mean wandb"),
         ({"model": {"dtype": "float16"}}, "model.dtype is float16"),
+        ({"score": {"quantization": "4bit"}}, "quantised weights cannot be trained"),
         ({"train": {"eval_steps": 5}, "corpus": {"holdout_fraction": 0}}, "there are none"),
     ],
 )
@@ -94,7 +95,7 @@ def test_what_no_training_would_take_is_known_before_anything_is_scored(
     sections = {
         "model": {"model_name_or_path": "m", **changes.get("model", {})},
         "corpus": {"sources": [{"path": "absent.jsonl"}], **changes.get("corpus", {})},
-        "train": changes.get("train", {}),
+        **{section: changes.get(section, {}) for section in ("score", "train")},
     }
     config = Config.model_validate(sections)
     with pytest.raises(ConfigError, match=message):
