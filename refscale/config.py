@@ -41,7 +41,8 @@ class ModelConfig(Section):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="auto: bfloat16 where the device computes it fast, else float32.",
+        description="auto: bfloat16 where the device computes it fast, else float32. float16 is for"
+        " scoring alone: what trains refuses it.",
     )
     attn_implementation: str | None = Field(
         None,
@@ -164,7 +165,9 @@ class ScoreConfig(Section):
         None, gt=0, description="Tokens per forward; default: from the device's memory."
     )
     quantization: Literal["8bit", "4bit"] | None = Field(
-        None, description="Load the reference model quantised; changes the scores."
+        None,
+        description="Load the reference model quantised, by bitsandbytes, which has to be"
+        " installed; changes the scores. Training then needs train.peft.",
     )
     max_attempts: int = Field(
         3,
@@ -197,7 +200,9 @@ class SelectConfig(Section):
     fraction: float | None = Field(None, gt=0, le=1, description="Share kept; default 0.5.")
     count: int | None = Field(None, gt=0, description="Pairs kept.")
     threshold: float | None = Field(
-        None, allow_inf_nan=False, description="Keys from here on are kept."
+        None,
+        allow_inf_nan=False,
+        description="Keys from here up are kept; with keep: smallest those from here down.",
     )
     band: tuple[float, float] | None = Field(
         None,
@@ -251,7 +256,9 @@ class TrainConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     num_train_epochs: float = Field(1.0, gt=0, description="Passes over the selection.")
     max_steps: int = Field(-1, description="Optimizer steps; -1: from num_train_epochs.")
-    per_device_train_batch_size: int = Field(8, gt=0, description="Pairs per worker and step.")
+    per_device_train_batch_size: int = Field(
+        8, gt=0, description="Pairs of a worker's micro-batch."
+    )
     token_budget: int | None = Field(
         None,
         gt=0,
@@ -366,13 +373,19 @@ class RayConfig(Section):
     )
     cpus_per_replica: float = Field(1, gt=0, description="CPUs of a scoring replica.")
     gpus_per_replica: float | None = Field(
-        None, ge=0, description="Default: 1 where the cluster has GPUs, else 0."
+        None, ge=0, description="Default: 1 where the cluster has GPUs now, else 0."
     )
     cpus_per_worker: float = Field(1, gt=0, description="CPUs of a training worker.")
     gpus_per_worker: float | None = Field(
-        None, ge=0, description="Default: 1 where the cluster has GPUs, else 0."
+        None, ge=0, description="Default: 1 where the cluster has GPUs now, else 0."
     )
     cpus_per_task: float = Field(1, gt=0, description="CPUs of a reading or writing task.")
+    wait_for_room_s: float = Field(
+        3600,
+        gt=0,
+        description="Seconds, in all, that training waits for nodes with room for its workers; an"
+        " embedded Ray has room or refuses at once.",
+    )
 
     @field_validator("replicas")
     @classmethod

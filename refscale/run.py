@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from refscale.cluster.runtime import ClusterInfo, connect
 from refscale.config import Config, dump_config
 from refscale.errors import StorageError
+from refscale.progress import say
 from refscale.secrets import refuse_secrets
 from refscale.storage.stages import StageFolder
 from refscale.storage.store import Store
@@ -26,6 +27,7 @@ class Run:
     # Another run whose corpus/ and scores/ this one works on: an arm of a comparison.
     shared: Store | None = None
     _cluster: ClusterInfo | None = field(default=None, repr=False)
+    _said_no_gpu: bool = field(default=False, repr=False)
 
     def folder(self, stage: str) -> StageFolder:
         """A stage's folder."""
@@ -47,8 +49,16 @@ class Run:
         return self._cluster
 
     def gpus(self, asked: float | None) -> float:
-        """GPUs of a replica or worker: as asked for, else 1 where the cluster has any."""
-        return asked if asked is not None else float(self.cluster.gpus > 0)
+        """GPUs of a replica or worker: as asked for, else 1 where the cluster has any now."""
+        if asked is not None:
+            return asked
+        if not self.cluster.gpus and not self.cluster.embedded and not self._said_no_gpu:
+            self._said_no_gpu = True
+            say(
+                "gpus      the cluster has none now, so CPUs do the work; where GPUs come when they"
+                " are needed, set ray.gpus_per_replica and ray.gpus_per_worker"
+            )
+        return float(self.cluster.gpus > 0)
 
     def threads(self, processes: int, cpus_each: float) -> int | None:
         """Threads of torch in each process; None leaves it to torch and Ray.

@@ -205,9 +205,11 @@ def run_graph(
 ) -> Iterator[dict[str, Any]]:
     """Run each item through the steps on Ray Data; yield the results as they come.
 
-    A graph that a lost machine or worker broke is run again with the items that have no result,
-    _ROUNDS times at most: while Ray finds out that a machine is gone, calls to its actors fail
-    at once and use up their attempts.
+    A graph that a lost machine or worker broke is run again with the items that have no result:
+    while Ray finds out that a machine is gone, calls to its actors fail at once and use up their
+    attempts. Items that may have killed their worker come last then, so the others are done first.
+    It ends after _ROUNDS rounds in a row with fewer results than actors, or one with none: a long
+    run outlives any number of machines.
 
     Raises:
         Exception: What a step raised, as it was raised.
@@ -222,14 +224,18 @@ def run_graph(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     left = {number: {**item, _NUMBER: number} for number, item in enumerate(items)}
-    rounds = 0
+    actors = max((step.pool[1] for step in steps if isinstance(step.run, type)), default=1)
+    poor_rounds = 0
     while left:
-        before, rounds = len(left), rounds + 1
+        place = {number: i for i, number in enumerate(left)}
+        furthest = -1
         try:
             for result in _results(list(left.values()), steps):
                 if _ERROR in result:
                     raise ray.cloudpickle.loads(result[_ERROR])
-                del left[result.pop(_NUMBER)]
+                number = result.pop(_NUMBER)
+                del left[number]
+                furthest = max(furthest, place[number])
                 yield result
         except ExecutionTimeoutError as exc:
             raise ScoringError(
@@ -237,8 +243,12 @@ def run_graph(
                 " are kept, the same command resumes; score.stalled_after_s bounds the wait"
             ) from exc
         except RayError as exc:
-            if rounds == _ROUNDS or len(left) == before or not ray.is_initialized():
+            finished = len(place) - len(left)
+            poor_rounds = 0 if finished >= actors else poor_rounds + 1
+            if not finished or poor_rounds == _ROUNDS or not ray.is_initialized():
                 raise _translated(exc) from exc
+            # Overtaken by others, it may be the one that killed its worker.
+            left = {n: left[n] for n in sorted(left, key=lambda n: place[n] < furthest)}
 
 
 def _results(items: list[dict[str, Any]], steps: Sequence[Step]) -> Iterator[dict[str, Any]]:

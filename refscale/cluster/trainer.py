@@ -19,11 +19,11 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
-from ray._private.state import state as ray_state
 from ray.train import Checkpoint, CheckpointConfig, CheckpointUploadMode, FailureConfig
 
 import refscale.errors
-from refscale.errors import ConfigError, RefscaleError, StorageError, TrainingError
+from refscale.cluster.room import Room, attempts_within
+from refscale.errors import RefscaleError, StorageError, TrainingError
 from refscale.storage.fingerprints import digest
 from refscale.storage.stages import StageFolder
 from refscale.storage.store import Store
@@ -48,6 +48,7 @@ def train_on_ray(
     threads: int | None,
     max_failures: int,
     checkpoints_kept: int,
+    wait_for_room_s: float,
 ) -> dict[str, Any]:
     """Train and put the policy into `policy`.
 
@@ -64,19 +65,23 @@ def train_on_ray(
         max_failures: Failures of workers that are survived.
         checkpoints_kept: Checkpoints kept in the run folder: the latest ones; where the holdout is
             measured (`eval_steps`), those with the lowest loss on it, and the latest.
+        wait_for_room_s: Seconds, in all, of waiting for nodes with room for the workers; 0 where
+            the cluster never grows.
 
     Returns:
         Rank 0's final metrics, as JSON can hold them; `resumed` says whether a checkpoint was used.
 
     Raises:
-        ConfigError: The workers do not fit on the cluster, and it does not grow.
+        ConfigError: The workers do not fit on a cluster that never grows.
         RefscaleError: That a worker raised, as it was raised.
-        TrainingError: Workers died more often than `max_failures`.
+        TrainingError: Workers died more often than `max_failures`, or room for them did not come.
     """
     store = folder.store
     store.delete(folder.file(_FAILED))
     resources = {"CPU": cpus_per_worker, **({"GPU": gpus_per_worker} if gpus_per_worker else {})}
-    _check_room(resources, num_workers)
+    room, grows = Room(resources, num_workers), wait_for_room_s > 0
+    if not grows:
+        room.require()
     filesystem, checkpoints = store.filesystem(folder.file("checkpoints"))
     score = {"checkpoint_score_attribute": "eval_loss", "checkpoint_score_order": "min"}
     trainer = _Trainer(
@@ -98,15 +103,24 @@ def train_on_ray(
             # Not its URI: Ray opens those of pyarrow alone.
             storage_path=checkpoints,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=max_failures),
+            failure_config=FailureConfig(
+                max_failures=max_failures,
+                controller_failure_limit=attempts_within(wait_for_room_s) if grows else -1,
+            ),
             checkpoint_config=CheckpointConfig(
                 num_to_keep=checkpoints_kept, **(score if settings.train["eval_steps"] else {})
             ),
         ),
     )
     try:
-        result = trainer.fit()
+        with room:
+            result = trainer.fit()
     except Exception as exc:
+        if missing := room.missing():
+            raise TrainingError(
+                f"{missing}; ray.wait_for_room_s bounds the wait; the same command resumes from the"
+                " last checkpoint"
+            ) from exc
         raise _worker_error(store, folder, exc) from exc
     if result.error is not None or store.exists(folder.file(_FAILED)):
         raise _worker_error(store, folder, result.error) from result.error
@@ -123,28 +137,6 @@ class _Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]
 
     def _register_sigint_handler(self, controller: Any) -> None:
         """Registers none."""
-
-
-def _check_room(resources: Mapping[str, float], num_workers: int) -> None:
-    """Refuse what would never start: Ray Train waits for room for ever and says nothing.
-
-    Of a cluster that grows it knows how far, by the same private call as here, and refuses itself.
-    """
-    if ray_state.get_max_resources_from_cluster_config():
-        return
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    room = sum(
-        int(min(node.get(name, 0) / each for name, each in resources.items() if each))
-        for node in nodes
-    )
-    if room < num_workers:
-        each = ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
-        total = ", ".join(f"{sum(node.get(n, 0) for node in nodes):g} {n}" for n in resources)
-        raise ConfigError(
-            f"train.num_workers is {num_workers}, of {each} each, and the cluster has room for"
-            f" {room} ({total} on {len(nodes)} node(s)); set train.num_workers,"
-            " ray.cpus_per_worker or ray.gpus_per_worker"
-        )
 
 
 def _worker_error(store: Store, folder: StageFolder, exc: BaseException | None) -> RefscaleError:

@@ -358,6 +358,49 @@ def test_removed_node_loses_nothing(undisturbed, tmp_path):
     assert published(run) == files
 
 
+_ROOM = """
+import threading
+from ray.cluster_utils import Cluster
+
+from refscale.cli import main
+
+cluster = Cluster(initialize_head=True, head_node_args={{"num_cpus": 1}})
+settings = [
+    "train.num_workers=1", "train.deepspeed=null", "train.max_steps=1", "ray.cpus_per_worker=2",
+    f"ray.address={{cluster.address}}",
+]
+
+
+def train(wait_s):
+    options = [word for setting in settings for word in ("--set", setting)]
+    wait = ["--set", f"ray.wait_for_room_s={{wait_s}}"]
+    return main(["train", {config!r}, "--run-dir", {run!r}, *options, *wait])
+
+
+print(train(3))
+threading.Timer(5, lambda: cluster.add_node(num_cpus=2)).start()
+print(train(300))
+"""
+
+
+def test_a_training_waits_for_nodes_so_long_as_it_may(copy):
+    config, run = copy
+    code = _ROOM.format(run=str(run), config=str(config))
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        # An attempt ends before the node is there.
+        env={**os.environ, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "2"},
+    )
+    assert result.stdout.split() == ["1", "0"], result.stderr
+    assert result.stderr.count("waiting for nodes: train.num_workers is 1, of 2 CPU each") == 2
+    assert result.stderr.count("the cluster has none now, so CPUs do the work") == 2
+    assert "has room for 0 (1 CPU on 1 node(s)); ray.wait_for_room_s bounds" in result.stderr
+    assert (run / "policy/MANIFEST.json").exists()
+
+
 def test_whole_pipeline_on_an_object_store_with_passing_errors(undisturbed, s3):
     config, _, files = undisturbed
     run = s3.uri("whole")

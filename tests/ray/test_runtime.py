@@ -54,7 +54,14 @@ class Passing:
     def __call__(self, item):
         if self._log:
             Path(self._log, f"item-{item['n']}-{time.monotonic_ns()}").touch()
-        if item["n"] == 3:
+        number = item["n"]
+        if (
+            self._trouble == "exit often"
+            and number % 6 == 3
+            and first_time(self._marker + f"{number}")
+        ):
+            os._exit(1)
+        if number == 3:
             if self._trouble == "exit always":
                 os._exit(1)
             if self._trouble == "exit once" and first_time(self._marker):
@@ -122,6 +129,13 @@ def test_actor_that_always_dies_ends_with_an_error_after_its_attempts(tmp_path):
         list(run_graph(items(8), [step]))
     # Three attempts a round, of at most three rounds.
     assert len(list(tmp_path.glob("item-3-*"))) in (3, 6, 9)
+
+
+def test_more_machines_are_lost_than_one_round_outlives(tmp_path):
+    # No second attempt: a death ends a round.
+    step = actors("exit often", marker=str(tmp_path / "died-"), pool=(2, 2), attempts=1)
+    assert numbers(run_graph(items(24), [step])) == list(range(24))
+    assert len(list(tmp_path.glob("died-*"))) == 4
 
 
 def test_actor_that_dies_once_while_loading_is_started_again(tmp_path):

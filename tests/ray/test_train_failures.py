@@ -60,6 +60,7 @@ def train(
         threads=1,
         max_failures=max_failures,
         checkpoints_kept=2,
+        wait_for_room_s=0,
     )
 
 

@@ -1,0 +1,85 @@
+"""Room for the workers of a training: whether there is any, and saying so while there is none.
+
+Ray Train tries to place its workers for ever and says nothing. An embedded Ray never grows, so what
+does not fit there is refused. Whether another cluster grows cannot be asked: Ray 2.60 keeps no
+record of how far its autoscaler may go. So there one waits, for a bounded time, and says for what.
+"""
+
+import math
+import os
+import threading
+from collections.abc import Mapping
+
+import ray
+
+from refscale.errors import ConfigError
+from refscale.progress import say
+
+_LOOK_EVERY_S = 5.0
+_SAY_EVERY_S = 60.0
+# Ray Train gives up on placing its workers after so long, and tries again.
+_ATTEMPT_S = ("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", 60.0)
+
+
+class Room:
+    """Room on the cluster for `num_workers` workers of `resources` each.
+
+    As a context manager it says every minute that there is none, while that is so.
+    """
+
+    def __init__(self, resources: Mapping[str, float], num_workers: int) -> None:
+        self._resources, self._num_workers = resources, num_workers
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def missing(self) -> str | None:
+        """What is there and does not suffice; None where it does. What others use counts too."""
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        room = sum(
+            int(min(node.get(name, 0) / each for name, each in self._resources.items() if each))
+            for node in nodes
+        )
+        if room >= self._num_workers:
+            return None
+        each = ", ".join(f"{amount:g} {name}" for name, amount in self._resources.items())
+        total = ", ".join(f"{sum(node.get(n, 0) for node in nodes):g} {n}" for n in self._resources)
+        return (
+            f"train.num_workers is {self._num_workers}, of {each} each, and the cluster has room"
+            f" for {room} ({total} on {len(nodes)} node(s))"
+        )
+
+    def require(self) -> None:
+        """Refuse what does not fit now.
+
+        Raises:
+            ConfigError: Says what is there and what to set.
+        """
+        if missing := self.missing():
+            raise ConfigError(
+                f"{missing}; set train.num_workers, ray.cpus_per_worker or ray.gpus_per_worker"
+            )
+
+    def __enter__(self) -> "Room":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        waited, said = 0.0, -_SAY_EVERY_S
+        while True:
+            missing = self.missing()
+            if missing and waited - said >= _SAY_EVERY_S:
+                said = waited
+                say(f"train     waiting for nodes: {missing}")
+            if self._ended.wait(_LOOK_EVERY_S):
+                return
+            waited += _LOOK_EVERY_S
+
+
+def attempts_within(seconds: float) -> int:
+    """How often Ray Train can try to place its workers in so many seconds; at least once."""
+    name, default = _ATTEMPT_S
+    return max(1, math.ceil(seconds / float(os.environ.get(name, default))))
