@@ -109,8 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "win rate and MT-Bench: they need a judge (refscale compare, refscale mtbench)"
         ],
         notes=[
-            "intervals of 95 %: held-out pairs resampled, the seeds' part from Student's t;"
-            " differences are paired",
+            "intervals of 95 %: prompts of held-out pairs resampled, the seeds' part from Student's"
+            " t; differences are paired",
             "train is the mean wall time of a training, its start included; empty where one of"
             " the arm's trainings was killed and resumed",
         ],

@@ -88,6 +88,8 @@ HELD_OUT = pa.schema([field for field in SELECTION if field.name != "selection_k
 EVALUATION = pa.schema(
     [
         pa.field("pair_id", pa.binary(16), nullable=False),
+        # Equal where the prompt is: such pairs are no independent evidence.
+        pa.field("prompt_id", pa.binary(16), nullable=False),
         pa.field("source", pa.string(), nullable=False),
         pa.field("ref_chosen_logps", pa.float32(), nullable=False),
         pa.field("ref_rejected_logps", pa.float32(), nullable=False),

@@ -21,11 +21,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich.table import Table
-from rich.text import Text
 
 from refscale.errors import ConfigError
 from refscale.evaluation.holdout import _auc, _wilson
-from refscale.progress import console
+from refscale.progress import console, literal, say
 from refscale.selection.strategies import (
     SCORE_COLUMNS,
     pair_id_words,
@@ -219,10 +218,10 @@ def print_audit(result: Audit, *, rows: int = 20, characters: int = 160) -> None
         texts = [_shown(row[name], characters) for name in ("prompt", "chosen", "rejected")]
         place = f"{row['source']}:{row['source_row']}"
         cells = (str(row["rank"]), f"{row['mean_margin']:+.3f}", place, *texts)
-        table.add_row(*map(Text, cells))  # as Text: markup in a corpus is not ours to obey
+        table.add_row(*map(literal, cells))
     console.print(table)
     for line in audit_lines(result):
-        console.print(line, markup=False)
+        say(line)
 
 
 def audit_lines(result: Audit) -> list[str]:

@@ -11,8 +11,9 @@ same held-out pairs.
     mean_margin:largest:0.5      a selection as the config's `select` section makes it
 
 Costs: a training and an evaluation for each arm and seed; scoring happens once. A finished arm is
-skipped, a begun one resumed. Unless `keep_policies`, an arm's policy and checkpoints are deleted
-when its numbers are kept: 30 policies of a small model already fill a disk.
+skipped, a begun one resumed. Pairs that not every policy could score are left out, and counted.
+Unless `keep_policies`, an arm's policy and checkpoints are deleted when its numbers are kept: 30
+policies of a small model already fill a disk.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,14 +23,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from refscale import schema
 from refscale.config import Config
 from refscale.errors import ConfigError, EvaluationError, FingerprintError
+from refscale.evaluation.holdout import number_prompts, prompt_ids
 from refscale.experiments.arms import FULL, Arm, arm_config, grid, parse_arm
 from refscale.experiments.statistics import summarise
 from refscale.progress import say
 from refscale.report.comparison_page import lines, render_html
-from refscale.schema import EVALUATION
 from refscale.secrets import refuse_secrets
 from refscale.storage.fingerprints import first_difference
 from refscale.storage.locks import RunLock
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
 OUTCOMES = pa.schema(
     [
         pa.field("pair_id", pa.binary(16), nullable=False),
+        pa.field("prompt_id", pa.binary(16), nullable=False),
         pa.field("source", pa.string(), nullable=False),
         pa.field("reward_accuracy", pa.float64(), nullable=False),
         pa.field("reward_margin", pa.float64(), nullable=False),
@@ -52,7 +56,11 @@ OUTCOMES = pa.schema(
         pa.field("chosen_mean_logps", pa.float64(), nullable=False),
     ]
 )
-MEASURES = tuple(OUTCOMES.names[2:])
+MEASURES = tuple(OUTCOMES.names[3:])
+# Share of the held-out pairs that an arm may lack, or else they are another holdout; one always.
+_MAX_LACKING = 0.05
+
+Tables = dict[str, dict[int, pa.Table]]  # by arm and seed
 
 
 class Extra(Protocol):
@@ -101,7 +109,7 @@ def compare(
             config or the folder's URI holds a secret.
         FingerprintError: An arm was made, or its completions were, with other settings; names the
             field.
-        EvaluationError: There is no held-out pair.
+        EvaluationError: There is no held-out pair, or an arm lacks too many of them.
     """
     parsed = _checked([parse_arm(text) for text in (arms or grid())], seeds)
     check_training(config)
@@ -150,26 +158,33 @@ def compare(
             }
             for arm in parsed
         }
-        tables = {
-            arm.text: {
-                seed: _result(store, arm, seed).read_table("outcomes.parquet") for seed in seeds
-            }
-            for arm in parsed
-        }
+        tables, left_out = _on_shared_pairs(
+            {
+                arm.text: {
+                    seed: _result(store, arm, seed).read_table("outcomes.parquet") for seed in seeds
+                }
+                for arm in parsed
+            },
+            store,
+        )
+        prompts = _prompts(tables, run.folder("corpus"), corpus["files"])
         controls = {arm.text: arm.control for arm in parsed}
+        notes = _notes(left_out)
         comparison = {
-            "arms": summarise(_matrices(tables), controls, full=FULL),
+            "arms": summarise(_matrices(tables), controls, prompts, full=FULL),
             "runs": results,
             "controls": controls,
             "seeds": list(seeds),
-            "num_holdout": tables[parsed[0].text][seeds[0]].num_rows,
+            "num_holdout": len(prompts),
+            "left_out": left_out,
+            "notes": notes,
             "scoring_s": scores["seconds"],
             "beta": config.train.beta,
             "model": config.model.model_name_or_path,
         }
         store.write_json("comparison.json", comparison)
         store.write_bytes("comparison.html", render_html(comparison).encode())
-    for line in lines(comparison):
+    for line in [*lines(comparison), *notes]:
         say(line)
     return comparison
 
@@ -341,7 +356,7 @@ def outcomes(table: pa.Table, beta: float) -> pa.Table:
     table = table.sort_by("pair_id")
     columns = {
         name: table[name].to_numpy().astype(np.float64)
-        for name in EVALUATION.names
+        for name in schema.EVALUATION.names
         if name.endswith("_logps") or name.startswith("num_")
     }
     policy = columns["policy_chosen_logps"] - columns["policy_rejected_logps"]
@@ -356,9 +371,8 @@ def outcomes(table: pa.Table, beta: float) -> pa.Table:
         "ranking_accuracy": (np.sign(chosen - rejected) + 1) / 2,
         "chosen_mean_logps": chosen,
     }
-    return pa.table(
-        {"pair_id": table["pair_id"], "source": table["source"], **values}, schema=OUTCOMES
-    )
+    named = {name: table[name] for name in ("pair_id", "prompt_id", "source")}
+    return pa.table({**named, **values}, schema=OUTCOMES)
 
 
 def _evaluation_table(folder: StageFolder) -> pa.Table:
@@ -366,21 +380,89 @@ def _evaluation_table(folder: StageFolder) -> pa.Table:
     return pa.concat_tables([folder.read_table(name) for name in names])
 
 
-def _matrices(
-    tables: Mapping[str, Mapping[int, pa.Table]],
-) -> dict[str, dict[str, np.ndarray]]:
-    """By measure and arm, float64 (seeds, pairs), with the same pairs in the same order.
+def _on_shared_pairs(tables: Tables, store: Store) -> tuple[Tables, dict[str, Any]]:
+    """The outcomes on the pairs that every policy could score, and how many the others are.
+
+    A pair may not fit a worker's memory in one evaluation or have a log-prob that is not finite
+    under one policy: no reason to throw trainings away.
+
+    Args:
+        tables: Rows in OUTCOMES, sorted by pair_id.
+        store: Of the comparison, for the message.
+
+    Returns:
+        The same rows of every table, and `{"pairs", "of", "lacking": {arm: {seed: pairs}}}`, where
+        `of` counts the pairs that any policy could score.
 
     Raises:
-        EvaluationError: The arms were evaluated on different pairs.
+        EvaluationError: An arm lacks so many that it was evaluated on another holdout.
     """
     every = [table for by_seed in tables.values() for table in by_seed.values()]
-    for table in every[1:]:
-        if not table["pair_id"].equals(every[0]["pair_id"]):
-            raise EvaluationError(
-                f"the arms were evaluated on different pairs ({every[0].num_rows} and"
-                f" {table.num_rows}); redo them with --restart"
-            )
+    scored = pa.concat_tables([table.select(["pair_id"]) for table in every])
+    found = scored["pair_id"].combine_chunks().value_counts()
+    ids, num_pairs = found.field("values"), len(found)
+    shared = ids.filter(pc.equal(found.field("counts"), len(every)))
+    lacking = {
+        arm: {seed: num_pairs - table.num_rows for seed, table in by_seed.items()}
+        for arm, by_seed in tables.items()
+    }
+    most, arm, seed = max((n, arm, seed) for arm in lacking for seed, n in lacking[arm].items())
+    if most > max(1, _MAX_LACKING * num_pairs) or not len(shared):
+        raise EvaluationError(
+            f"the arms were evaluated on different pairs: {arm}, seed {seed}, lacks {most:,} of"
+            f" {num_pairs:,}, more than a comparison may leave out; leave that arm out of --arm, or"
+            f" delete {_arm_store(store, parse_arm(arm), seed).uri} and repeat the command, which"
+            " redoes that arm and seed alone"
+        )
+    kept = {
+        arm: {
+            seed: table.filter(pc.is_in(table["pair_id"], value_set=shared))
+            for seed, table in by_seed.items()
+        }
+        for arm, by_seed in tables.items()
+    }
+    lacking = {arm: {s: n for s, n in by_seed.items() if n} for arm, by_seed in lacking.items()}
+    return kept, {
+        "pairs": num_pairs - len(shared),
+        "of": num_pairs,
+        "lacking": {arm: by_seed for arm, by_seed in lacking.items() if by_seed},
+    }
+
+
+def _notes(left_out: Mapping[str, Any]) -> list[str]:
+    """What must be said beside the numbers, a sentence each."""
+    if not left_out["pairs"]:
+        return []
+    lacking = [
+        f"{arm}, seed {seed}, lacks {num_pairs:,}"
+        for arm, by_seed in left_out["lacking"].items()
+        for seed, num_pairs in by_seed.items()
+    ]
+    if len(lacking) > 3:
+        lacking[3:] = [f"{len(lacking) - 3:,} more in comparison.json"]
+    return [
+        f"{left_out['pairs']:,} of {left_out['of']:,} held-out pairs left out, because not every"
+        f" policy could score them: {'; '.join(lacking)}"
+    ]
+
+
+def _prompts(tables: Tables, corpus: StageFolder, files: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Number of each shared pair's prompt, int64 (pairs,)."""
+    every = [table for by_seed in tables.values() for table in by_seed.values()]
+    for table in every:
+        if "prompt_id" in table.column_names:
+            return number_prompts(table["prompt_id"])
+    # Arms of a refscale that did not note prompts: the corpus knows them, and nothing is redone.
+    shards = [file["name"].removesuffix(".parquet") for file in files if file["counts"]["holdout"]]
+    known = pa.concat_tables([prompt_ids(corpus, shard) for shard in shards])
+    pairs = schema.matching_rows(
+        known, every[0]["pair_id"], "compared pairs are not held out in the corpus"
+    )
+    return number_prompts(pairs["prompt_id"])
+
+
+def _matrices(tables: Tables) -> dict[str, dict[str, np.ndarray]]:
+    """By measure and arm, float64 (seeds, pairs); the tables hold the same pairs."""
     return {
         measure: {
             arm: np.stack([table[measure].to_numpy() for table in by_seed.values()])

@@ -2,11 +2,11 @@
 
 In: for each measure and arm an array (seeds, pairs), all over the same pairs. Out: plain dicts of
 estimates. An interval holds both that another holdout and that another training would have given
-another number. The pairs are resampled once for all arms (they are shared, so differences are
-paired). The seeds are too few to resample: three of them drawn with replacement show two thirds of
-their variance. So their part is drawn from Student's t about the mean, which is wide for few seeds,
-as it should be; with one seed it is unknown and left out. numpy only; seconds for a million pairs
-and ten arms.
+another number. The prompts are resampled, each with all its pairs, which are no independent
+evidence, and once for all arms (they are shared, so differences are paired). The seeds are too few
+to resample: three of them drawn with replacement show two thirds of their variance. So their part
+is drawn from Student's t about the mean, which is wide for few seeds, as it should be; with one
+seed it is unknown and left out. numpy only; seconds for a million pairs and ten arms.
 """
 
 from collections.abc import Mapping
@@ -14,16 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from refscale.evaluation.holdout import Estimate
+from refscale.evaluation.holdout import Estimate, sum_by_prompt
 
 RESAMPLES = 2000
-# Counts of resampled pairs held at once: 32 MB.
+# Counts of resampled prompts held at once: 32 MB.
 _BLOCK = 4_000_000
 
 
 def summarise(
     values: Mapping[str, Mapping[str, np.ndarray]],
     controls: Mapping[str, str | None],
+    prompts: np.ndarray,
     *,
     full: str,
     seed: int = 0,
@@ -33,6 +34,7 @@ def summarise(
     Args:
         values: By measure and arm, float64 (seeds, pairs).
         controls: By arm, the random arm of equal size, where there is one.
+        prompts: (pairs,) as `holdout.number_prompts` numbers their prompts.
         full: Name of the arm that trains on every pair.
         seed: Of the bootstrap.
 
@@ -44,7 +46,7 @@ def summarise(
     """
     result: dict[str, dict[str, Any]] = {}
     for measure, arms in values.items():
-        resampled = _resample(arms, seed)
+        resampled = _resample(arms, prompts, seed)
         for arm, matrix in arms.items():
             by_seed = matrix.mean(axis=1)
             result.setdefault(arm, {})[measure] = {
@@ -69,19 +71,22 @@ def _difference(
     return _estimate(difference, resampled[arm] - resampled[other])
 
 
-def _resample(arms: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
-    """By arm, float64 (RESAMPLES,): its mean, had the pairs and the trainings been others."""
+def _resample(
+    arms: Mapping[str, np.ndarray], prompts: np.ndarray, seed: int
+) -> dict[str, np.ndarray]:
+    """By arm, float64 (RESAMPLES,): its mean, had the prompts and the trainings been others."""
     rng = np.random.default_rng(seed)
-    num_pairs = next(iter(arms.values())).shape[1]
     columns = np.concatenate(list(arms.values())).T  # (pairs, arms x seeds)
+    sums, sizes = sum_by_prompt(columns, prompts)
+    n = len(sizes)
     means = np.empty((RESAMPLES, columns.shape[1]))
-    step = max(1, _BLOCK // num_pairs)
+    step = max(1, _BLOCK // n)
     for begin in range(0, RESAMPLES, step):
         size = min(step, RESAMPLES - begin)
-        picked = rng.integers(num_pairs, size=(size, num_pairs))
-        picked += num_pairs * np.arange(size)[:, None]
-        counts = np.bincount(picked.ravel(), minlength=size * num_pairs).reshape(size, num_pairs)
-        means[begin : begin + size] = counts @ columns / num_pairs
+        picked = rng.integers(n, size=(size, n))
+        picked += n * np.arange(size)[:, None]
+        counts = np.bincount(picked.ravel(), minlength=size * n).reshape(size, n)
+        means[begin : begin + size] = counts @ sums / (counts @ sizes)[:, None]
     result, begin = {}, 0
     for arm, matrix in arms.items():
         num_seeds = matrix.shape[0]

@@ -5,7 +5,8 @@
     publish     scores/shard.parquet and its record                         (task)
 
 No ray here: pipeline.py puts the steps on Ray Data, where reading and publishing run in their own
-processes and so overlap with the model's work. The evaluation of a policy uses the same steps.
+processes and so overlap with the model's work. The evaluation of a policy reads and scores by
+the same steps.
 """
 
 import json
@@ -205,49 +206,19 @@ def publish_scores(scores: StageFolder) -> Callable[[Item], Item]:
 
     def publish(item: Item) -> Item:
         table = table_from_bytes(item["scores"])
-        _require_finite(table, item["shard"])
+        require_finite(table, item["shard"])
         record = scores.commit_shard(item["shard"], table, counts=json.loads(item["counts"]))
         return {"record": json.dumps(asdict(record))}
 
     return publish
 
 
-def publish_evaluation(evaluation: StageFolder, scores: StageFolder) -> Callable[[Item], Item]:
-    """The publishing step of the policy's scores, joined with the reference's by pair_id."""
+def require_finite(table: pa.Table, shard: str) -> None:
+    """Refuse scores that are not finite.
 
-    def publish(item: Item) -> Item:
-        policy = table_from_bytes(item["scores"])
-        _require_finite(policy, item["shard"])
-        reference = scores.read_table(f"{item['shard']}.parquet")
-        # Both are small and from the same shard: look rows up by id.
-        position = {pair_id: i for i, pair_id in enumerate(reference["pair_id"].to_pylist())}
-        rows = [position.get(pair_id) for pair_id in policy["pair_id"].to_pylist()]
-        both = pa.array([row is not None for row in rows], pa.bool_())
-        reference = reference.take(pa.array([row for row in rows if row is not None], pa.int64()))
-        policy = policy.filter(both)
-        table = pa.table(
-            {
-                "pair_id": reference["pair_id"],
-                "source": reference["source"],
-                "ref_chosen_logps": reference["ref_chosen_logps"],
-                "ref_rejected_logps": reference["ref_rejected_logps"],
-                "policy_chosen_logps": policy["ref_chosen_logps"],
-                "policy_rejected_logps": policy["ref_rejected_logps"],
-                "num_chosen_tokens": reference["num_chosen_tokens"],
-                "num_rejected_tokens": reference["num_rejected_tokens"],
-            }
-        )
-        record = evaluation.commit_shard(
-            item["shard"],
-            schema.conform(table, schema.EVALUATION, "evaluation"),
-            counts=json.loads(item["counts"]),
-        )
-        return {"record": json.dumps(asdict(record))}
-
-    return publish
-
-
-def _require_finite(table: pa.Table, shard: str) -> None:
+    Raises:
+        ScoringError: Names the pair.
+    """
     for name in ("ref_chosen_logps", "ref_rejected_logps"):
         values = table[name].to_numpy()
         if not np.isfinite(values).all():

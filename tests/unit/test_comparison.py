@@ -16,9 +16,17 @@ from refscale.errors import ConfigError, EvaluationError, FingerprintError
 from refscale.evaluation.judge import JudgeConfig
 from refscale.evaluation.win_rate import win_rate
 from refscale.experiments import comparison as comparison_module
+from refscale.experiments import statistics
 from refscale.experiments.arms import FULL, Arm, arm_config, grid, parse_arm
-from refscale.experiments.comparison import MEASURES, _details, _matrices, compare, outcomes
-from refscale.experiments.statistics import summarise
+from refscale.experiments.comparison import (
+    MEASURES,
+    OUTCOMES,
+    _details,
+    _on_shared_pairs,
+    compare,
+    outcomes,
+)
+from refscale.experiments.statistics import RESAMPLES, summarise
 from refscale.report import plots
 from refscale.report.comparison_page import lines, render_html, verdicts
 from refscale.run import Run
@@ -152,6 +160,7 @@ def evaluation_table(rows):
         [
             {
                 "pair_id": number.to_bytes(16, "big"),
+                "prompt_id": (number // 2).to_bytes(16, "big"),
                 "source": "s",
                 "policy_chosen_logps": a,
                 "policy_rejected_logps": b,
@@ -171,6 +180,7 @@ def test_outcomes_are_the_pairs_rewards_sorted_by_pair():
         evaluation_table([(9, -8, -4, -8, -4), (2, -4, -8, -6, -6), (5, -8, -2, -4, -4)]), beta=0.5
     )
     assert [int.from_bytes(i, "big") for i in table["pair_id"].to_pylist()] == [2, 5, 9]
+    assert [int.from_bytes(i, "big") for i in table["prompt_id"].to_pylist()] == [1, 2, 4]
     # Margins against the reference: 4 - 0, -6 - 0, -4 - -4; halved by beta.
     assert table["reward_margin"].to_pylist() == [2.0, -3.0, 0.0]
     assert table["reward_accuracy"].to_pylist() == [1.0, 0.0, 0.5]
@@ -179,22 +189,147 @@ def test_outcomes_are_the_pairs_rewards_sorted_by_pair():
     assert table["chosen_mean_logps"].to_pylist() == [-1.0, -2.0, -2.0]
 
 
-def test_arms_on_different_pairs_cannot_be_compared():
-    one = outcomes(evaluation_table([(1, -1, -2, -1, -1)]), 0.1)
-    other = outcomes(evaluation_table([(2, -1, -2, -1, -1)]), 0.1)
+def scored(numbers):
+    """Outcomes of pairs by number: every third is lost."""
+    rows = [(i, -1 - 2 * (i % 3 == 0), -2, -1, -1) for i in numbers]
+    return outcomes(evaluation_table(rows), 0.1)
+
+
+def test_arms_are_compared_on_the_pairs_that_all_of_them_have(tmp_path):
+    pairs = range(40)
+    lacks_7, lacks_9 = (scored([i for i in pairs if i != lost]) for lost in (7, 9))
+    tables = {"full": {0: scored(pairs), 1: lacks_7}, "random:0.5": {0: lacks_9, 1: lacks_7}}
+    kept, left_out = _on_shared_pairs(tables, Store(tmp_path))
+    expected = scored([i for i in pairs if i not in (7, 9)])
+    assert all(t.equals(expected) for by_seed in kept.values() for t in by_seed.values())
+    lacking = {"full": {1: 1}, "random:0.5": {0: 1, 1: 1}}
+    assert left_out == {"pairs": 2, "of": 40, "lacking": lacking}
+
+
+def test_a_whole_holdout_leaves_nothing_out(tmp_path):
+    kept, left_out = _on_shared_pairs({"full": {0: scored(range(5))}}, Store(tmp_path))
+    assert kept["full"][0].equals(scored(range(5)))
+    assert left_out == {"pairs": 0, "of": 5, "lacking": {}}
+
+
+@pytest.mark.parametrize(
+    ("lost", "refused"),
+    [
+        (1, False),  # of 60
+        (3, False),  # 5 %
+        (4, True),
+    ],
+)
+def test_an_arm_that_lacks_more_than_a_twentieth_had_another_holdout(tmp_path, lost, refused):
+    tables = {"full": {0: scored(range(60))}, "random:0.5": {3: scored(range(lost, 60))}}
+    if not refused:
+        assert _on_shared_pairs(tables, Store(tmp_path))[1]["pairs"] == lost
+        return
+    with pytest.raises(EvaluationError) as caught:
+        _on_shared_pairs(tables, Store(tmp_path))
+    assert "random:0.5, seed 3, lacks 4 of 60" in str(caught.value)
+    # The way out names what lacks them and keeps all other trainings.
+    assert f"delete {tmp_path}/arms/random-0.5/seed-3 and" in str(caught.value)
+    assert "--restart" not in str(caught.value)
+
+
+def test_arms_that_share_no_pair_cannot_be_compared(tmp_path):
     with pytest.raises(EvaluationError, match="different pairs"):
-        _matrices({"full": {0: one}, "random:0.5": {0: other}})
-    assert set(_matrices({"full": {0: one}, "random:0.5": {0: one}})) == set(MEASURES)
+        _on_shared_pairs(
+            {"full": {0: scored([1])}, "random:0.5": {0: scored([2])}}, Store(tmp_path)
+        )
+
+
+@pytest.fixture
+def finished_arms(tmp_path, monkeypatch):
+    """Writes finished arms into a run, and compares them as if no training were left to do."""
+    store = Store(tmp_path / "run")
+    rows = [
+        {
+            "pair_id": i.to_bytes(16, "big"),
+            "split": schema.HOLDOUT,
+            "conversational": False,
+            "prompt": f"prompt {i // 2}",
+        }
+        for i in range(40)
+    ]
+    corpus = StageFolder(store, "corpus")
+    corpus.begin({})
+    record = corpus.commit_shard("shard-0", pa.Table.from_pylist(rows), counts={"holdout": 40})
+    file = {"name": record.name, "counts": record.counts}
+    monkeypatch.setattr(pipeline, "prepare", lambda run: {"files": [file]})
+    monkeypatch.setattr(pipeline, "score", lambda run: {"seconds": 1.0})
+    monkeypatch.setattr(runtime, "disconnect", lambda: None)
+    monkeypatch.setattr(
+        comparison_module, "_run_arm", lambda run, arm, seed, **_: result(arm, seed)
+    )
+
+    def result(arm, seed):
+        return StageFolder(
+            Store(store.uri_of(f"arms/{arm.folder}/seed-{seed}")), "compare"
+        ).require()
+
+    def compared(tables):
+        details = {"pairs": 9, "mean_length_difference": 0.0, "right_labels": None}
+        details.update(train_s=1.0, train_gpu_s=0.0)
+        for arm, table in tables.items():
+            folder = StageFolder(
+                Store(store.uri_of(f"arms/{parse_arm(arm).folder}/seed-0")), "compare"
+            )
+            folder.begin({})
+            records = [folder.publish_table("outcomes.parquet", table)]
+            folder.finish({}, records, counts={}, seconds=1.0, details=details)
+        found = compare(parse_config(CONFIG), store.uri, list(tables), seeds=[0], parallel=1)
+        return found, store
+
+    return compared
+
+
+def test_a_pair_that_one_policy_could_not_score_costs_no_comparison(finished_arms, capsys):
+    whole, lacking = scored(range(40)), scored([i for i in range(40) if i != 7])
+    found, store = finished_arms({"full": whole, "random:0.5": lacking})
+    assert found["num_holdout"] == 39 and store.exists("arms/full/seed-0/compare/MANIFEST.json")
+    # Pairs 0, 3, … 39, 14 of them, are lost.
+    assert found["arms"]["full"]["reward_accuracy"]["value"] == pytest.approx(25 / 39)
+    assert store.read_json("comparison.json")["left_out"] == {
+        "pairs": 1,
+        "of": 40,
+        "lacking": {"random:0.5": {"0": 1}},
+    }
+    sentence = (
+        "1 of 40 held-out pairs left out, because not every policy could score them: random:0.5,"
+        " seed 0, lacks 1"
+    )
+    assert sentence in " ".join(capsys.readouterr().err.split())
+    assert sentence in store.read_bytes("comparison.html").decode()
+
+
+def test_where_every_policy_scored_every_pair_no_word_is_said_of_it(finished_arms, capsys):
+    found, store = finished_arms({"full": scored(range(40)), "random:0.5": scored(range(40))})
+    assert found["num_holdout"] == 40 and found["notes"] == []
+    assert "left out" not in capsys.readouterr().err
+    assert "left out" not in store.read_bytes("comparison.html").decode()
+
+
+def test_arms_of_a_refscale_that_did_not_note_prompts_are_compared_by_the_corpuss(finished_arms):
+    noted = {"full": scored(range(40)), "random:0.5": scored(range(40))}
+    found, _ = finished_arms(noted)
+    unnoted = {arm: table.drop_columns(["prompt_id"]) for arm, table in noted.items()}
+    assert finished_arms(unnoted)[0]["arms"] == found["arms"]
+    mixed = {**noted, "full": unnoted["full"]}
+    assert finished_arms(mixed)[0]["arms"] == found["arms"]
+    assert set(OUTCOMES.names) - set(unnoted["full"].column_names) == {"prompt_id"}
 
 
 # -- statistics ------------------------------------------------------------------------------------
 
 
-def summary(arms, controls=None):
-    return {
-        arm: measures["m"]
-        for arm, measures in summarise({"m": arms}, controls or {}, full="full").items()
-    }
+def summary(arms, controls=None, prompts=None):
+    """Of one measure; each pair has a prompt of its own, unless their numbers are given."""
+    if prompts is None:
+        prompts = np.arange(next(iter(arms.values())).shape[1])
+    found = summarise({"m": arms}, controls or {}, prompts, full="full")
+    return {arm: measures["m"] for arm, measures in found.items()}
 
 
 def test_a_paired_difference_is_sharper_than_its_parts():
@@ -237,6 +372,40 @@ def test_an_interval_of_the_difference_covers_the_truth_at_its_rate(num_seeds):
     assert 185 <= hits
 
 
+def test_pairs_that_share_a_prompt_leave_the_difference_its_rate(monkeypatch):
+    # 150 prompts of 6 pairs, the pairs of 4 completions. An arm and its control win each by the
+    # prompt's own chance with that arm, so that nothing is better than random.
+    monkeypatch.setattr(statistics, "RESAMPLES", 400)  # enough to find a share of 2.5 %
+    sixes = np.repeat(np.arange(150), 6)
+
+    def misses(prompts, experiments):
+        rng = np.random.default_rng(0)
+        missed = 0
+        for _ in range(experiments):
+            chances = rng.random((2, 1, 150))[..., sixes]
+            wins = (rng.random(chances.shape) < chances).astype(float)
+            arms = {"random:0.5": wins[0], "top": wins[1]}
+            at = summary(arms, {"top": "random:0.5"}, prompts)["top"]["against_random"]
+            missed += not at["low"] <= 0 <= at["high"]
+        return missed
+
+    # 5 % of 200 is 10, with a standard deviation of 3.1. Two pairs of a prompt correlate by 1 / 3,
+    # so an interval for independent ones is that of 1.96 / sqrt(1 + 5 / 3) = 1.2 standard errors,
+    # which misses 23 %: 14 of 60 and not 3.
+    assert 3 <= misses(sixes, 200) <= 18
+    assert misses(np.arange(900), 60) > 9
+
+
+def test_with_a_pair_a_prompt_prompts_are_pairs_to_the_last_bit():
+    values = np.random.default_rng(2).normal(size=(1, 60))
+    rng = np.random.default_rng(0)
+    picked = rng.integers(60, size=(RESAMPLES, 60))
+    counts = np.stack([np.bincount(row, minlength=60) for row in picked])
+    low, high = np.quantile(counts @ values.T / 60, [0.025, 0.975])
+    found = summary({"top": values})["top"]
+    assert (found["value"], found["low"], found["high"]) == (values.mean(), low, high)
+
+
 def test_one_seed_is_said_to_be_one():
     one = {**comparison(), "seeds": [0]}
     assert all(s.endswith("(one training each)") for s in verdicts(one))
@@ -267,11 +436,12 @@ def comparison():
         "train_gpu_s": 0.0,
     }
     return {
-        "arms": summarise(values, controls, full=FULL),
+        "arms": summarise(values, controls, np.arange(200), full=FULL),
         "runs": {arm: {seed: dict(run) for seed in (0, 1, 2)} for arm in arms},
         "controls": controls,
         "seeds": [0, 1, 2],
         "num_holdout": 200,
+        "notes": [],
         "scoring_s": 3.0,
         "model": "<script>alert(1)</script>",
     }

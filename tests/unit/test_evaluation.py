@@ -1,24 +1,38 @@
 """Holdout metrics and label purity, against numbers derived by hand."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from refscale import schema
-from refscale.errors import EvaluationError, SchemaError
+from refscale.errors import EvaluationError, SchemaError, ScoringError
 from refscale.evaluation import holdout
-from refscale.evaluation.holdout import evaluate_pairs, label_purity
+from refscale.evaluation.holdout import (
+    evaluate_pairs,
+    label_purity,
+    number_prompts,
+    publish_evaluation,
+)
+from refscale.scoring.shard_scoring import table_to_bytes
+from refscale.storage.stages import StageFolder
+from refscale.storage.store import Store
 
 
-def table(rows: list[tuple]) -> pa.Table:
-    """Rows of (source, ref c, ref r, policy c, policy r, tokens c, tokens r)."""
-    names = [name for name in schema.EVALUATION.names if name != "pair_id"]
+def table(rows: list[tuple], prompts: list[int] | None = None) -> pa.Table:
+    """Rows of (source, ref c, ref r, policy c, policy r, tokens c, tokens r), each its prompt's."""
+    names = [name for name in schema.EVALUATION.names if name not in ("pair_id", "prompt_id")]
     return pa.Table.from_pylist(
         [
-            {"pair_id": i.to_bytes(16, "big"), **dict(zip(names, row, strict=True))}
+            {
+                "pair_id": i.to_bytes(16, "big"),
+                "prompt_id": (prompts[i] if prompts else i).to_bytes(16, "big"),
+                **dict(zip(names, row, strict=True)),
+            }
             for i, row in enumerate(rows)
         ],
         schema=schema.EVALUATION,
@@ -84,14 +98,98 @@ def test_the_bootstrap_interval_matches_the_binomial_one() -> None:
 
 def test_many_pairs_take_the_normal_interval_which_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"x": np.random.default_rng(0).normal(size=2000)}
-    bootstrap = holdout._means(values, seed=0)["x"]
-    monkeypatch.setattr(holdout, "_BOOTSTRAP_PAIRS", 10)
-    normal = holdout._means(values, seed=0)["x"]
+    own = np.arange(2000)
+    bootstrap = holdout._means(values, own, seed=0)["x"]
+    monkeypatch.setattr(holdout, "_BOOTSTRAP_PROMPTS", 10)
+    normal = holdout._means(values, own, seed=0)["x"]
     width = normal["high"] - normal["low"]
     # 2 * 1.96 / sqrt(2000) = 0.0877
     assert width == pytest.approx(0.0877, rel=0.05)
     assert bootstrap["low"] == pytest.approx(normal["low"], abs=0.08 * width)
     assert bootstrap["high"] == pytest.approx(normal["high"], abs=0.08 * width)
+
+
+# 150 prompts of 6 pairs, the pairs of 4 completions.
+SIXES = np.repeat(np.arange(150), 6)
+
+
+def misses(prompts: np.ndarray, experiments: int) -> int:
+    """How many intervals miss the truth, 0.5, where a prompt's pairs win and lose together."""
+    rng = np.random.default_rng(0)
+    missed = 0
+    for _ in range(experiments):
+        # A prompt's chance to win is uniform, so two of its pairs correlate by
+        # var(chance) / var(outcome) = (1 / 12) / (1 / 4) = 1 / 3: a mean's variance is
+        # 1 + 5 / 3 = 2.7 times that of independent pairs, and an interval for those, of 1.96
+        # standard errors, holds the truth as often as one of 1.2, 77 %.
+        wins = (rng.random(SIXES.size) < rng.random(150)[SIXES]).astype(float)
+        found = holdout._means({"wins": wins}, prompts, seed=0)["wins"]
+        missed += not found["low"] <= 0.5 <= found["high"]
+    return missed
+
+
+def test_pairs_that_share_a_prompt_leave_the_interval_its_rate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(holdout, "RESAMPLES", 400)  # enough to find a share of 2.5 %
+    # 5 % of 200 is 10, with a standard deviation of 3.1; 23 % of 60 is 14, and 5 % of 60 is 3.
+    assert 3 <= misses(SIXES, 200) <= 18
+    assert misses(np.arange(SIXES.size), 60) > 9
+
+
+def test_the_normal_interval_has_its_rate_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holdout, "_BOOTSTRAP_PROMPTS", 10)
+    # 5 % of 2000 is 100, with a standard deviation of 10; 23 % is 460.
+    assert 70 <= misses(SIXES, 2000) <= 135
+    assert misses(np.arange(SIXES.size), 2000) > 400
+
+
+def test_the_normal_interval_of_two_uneven_prompts_equals_that_derived_by_hand(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(holdout, "_BOOTSTRAP_PROMPTS", 1)
+    wins = np.array([1.0, 1.0, 0.0, 1.0])
+    found = holdout._means({"wins": wins}, np.array([0, 0, 1, 0]), seed=0)["wins"]
+    # 3 of 4. Residuals 3 - 3 x 0.75 and 0 - 1 x 0.75; sqrt(2 / (2 - 1) x 2 x 0.75^2) / 4 = 0.375.
+    assert found["value"] == 0.75
+    assert found["high"] - 0.75 == pytest.approx(1.96 * 0.375, rel=1e-4)
+    assert 0.75 - found["low"] == pytest.approx(1.96 * 0.375, rel=1e-4)
+
+
+@pytest.mark.parametrize("threshold", [20_000, 10])
+def test_with_a_pair_a_prompt_prompts_are_pairs_to_the_last_bit(
+    monkeypatch: pytest.MonkeyPatch, threshold: int
+) -> None:
+    monkeypatch.setattr(holdout, "_BOOTSTRAP_PROMPTS", threshold)
+    values = np.random.default_rng(2).normal(size=(60, 2))
+    found = holdout._means({"x": values[:, 0], "y": values[:, 1]}, np.arange(60), seed=7)
+    mean = values.mean(axis=0)
+    if threshold == 10:
+        half = 1.959964 * values.std(axis=0, ddof=1) / np.sqrt(60)
+        low, high = mean - half, mean + half
+    else:
+        rng = np.random.default_rng(7)
+        draws = [rng.multinomial(60, np.full(60, 1 / 60), size=100) for _ in range(20)]
+        means = np.concatenate([counts @ values / 60 for counts in draws])
+        low, high = np.quantile(means, [0.025, 0.975], axis=0)
+    for i, name in enumerate(("x", "y")):
+        assert found[name] == {"value": mean[i], "low": low[i], "high": high[i]}
+
+
+def test_prompts_are_numbered_as_they_appear_and_one_alone_is_resampled_by_pair() -> None:
+    assert number_prompts(pa.array([b"q", b"p", b"q", b"r"])).tolist() == [0, 1, 0, 2]
+    chunks = pa.chunked_array([[b"q", b"p"], [b"r", b"q"]])
+    assert number_prompts(chunks).tolist() == [0, 1, 2, 0]
+    assert number_prompts(pa.array([b"p"] * 3)).tolist() == [0, 1, 2]
+
+
+def test_a_source_is_resampled_by_its_own_prompts() -> None:
+    # Source b has two prompts of 20 equal pairs: all its resamples have 0, 20 or 40 wins of 40.
+    rows = [("a", -1, -1, 0, -1, 1, 1)] * 10
+    rows += [("b", -1, -1, 0, -1, 1, 1)] * 20 + [("b", -1, -1, -2, -1, 1, 1)] * 20
+    prompts = [*range(10), *[10] * 20, *[11] * 20]
+    after = evaluate_pairs(table(rows, prompts), beta=0.1)["sources"]["b"]["reward_accuracy"]
+    assert after["after"] == {"value": 0.5, "low": 0.0, "high": 1.0}
 
 
 def test_the_paired_difference_is_narrower_than_unpaired_ones() -> None:
@@ -117,6 +215,116 @@ def test_no_pairs_and_non_finite_sums_are_refused() -> None:
         evaluate_pairs(bad, 0.1)
     with pytest.raises(SchemaError):
         evaluate_pairs(FOUR.drop_columns(["ref_chosen_logps"]), 0.1)
+
+
+def test_a_table_that_does_not_know_its_prompts_is_refused() -> None:
+    with pytest.raises(SchemaError, match=r"lacks the column\(s\) prompt_id"):
+        evaluate_pairs(FOUR.drop_columns(["prompt_id"]), 0.1)
+
+
+# -- the evaluation table --------------------------------------------------------------------------
+
+
+def pair_id(i: int) -> bytes:
+    return bytes([i] * 16)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> dict[str, StageFolder]:
+    """Corpus and scores of pairs 0 to 7; number 7 is a training pair."""
+    # 0 to 2 share a prompt, which 1 shares to its last token; 3 and 4 have none, but a BOS token;
+    # 5 and 6 have the same text, one of them as a chat.
+    prompts = ["same", "same", "same", "", "", "[]", "[]", "same"]
+    ids = [[1, 5], [1], [1, 5], [1], [1], [1, 6], [1, 6], [1, 5]]
+    rows = [
+        {
+            "pair_id": pair_id(i),
+            "source": "a",
+            "source_row": i,
+            "split": schema.TRAIN if i == 7 else schema.HOLDOUT,
+            "prompt_ids": ids[i],
+            "chosen_ids": [7, 8],
+            "rejected_ids": [9],
+            "chosen_truncated": False,
+            "rejected_truncated": False,
+            "conversational": i == 6,
+            "prompt": prompts[i],
+            "chosen": "",
+            "rejected": "",
+            "passthrough": "{}",
+            "ref_chosen_logps": -1.0 * i,
+            "ref_rejected_logps": -2.0 * i,
+            "num_prompt_tokens": 1,
+            "num_chosen_tokens": 2,
+            "num_rejected_tokens": 1,
+        }
+        for i in range(8)
+    ]
+    store = Store(tmp_path / "run")
+    found = {name: StageFolder(store, name) for name in ("corpus", "scores", "evaluation")}
+    for folder in found.values():
+        folder.begin({})
+    for name, columns in (("corpus", schema.CORPUS), ("scores", schema.SCORES)):
+        made = pa.Table.from_pylist([{n: row[n] for n in columns.names} for row in rows], columns)
+        found[name].commit_shard("shard-0", made)
+    return found
+
+
+def policy_scores(folders: dict[str, StageFolder], numbers: list[int]) -> pa.Table:
+    """As the policy's replica hands them over: a tenth of a nat above the reference's."""
+    scored = folders["scores"].read_table("shard-0.parquet")
+    for name in ("ref_chosen_logps", "ref_rejected_logps"):
+        values = pa.array(scored[name].to_numpy() + np.float32(0.1))
+        scored = scored.set_column(scored.column_names.index(name), name, values)
+    return schema.conform(scored.take(numbers), schema.SCORES, "scores")
+
+
+def publish(folders: dict[str, StageFolder], policy: pa.Table) -> pa.Table:
+    step = publish_evaluation(folders["evaluation"], folders["corpus"], folders["scores"])
+    item = {"shard": "shard-0", "scores": table_to_bytes(policy), "counts": "{}"}
+    assert json.loads(step(item)["record"])["name"] == "shard-0.parquet"
+    return folders["evaluation"].read_table("shard-0.parquet")
+
+
+def test_the_evaluation_joins_by_pair_id_whatever_the_order(
+    folders: dict[str, StageFolder],
+) -> None:
+    policy = policy_scores(folders, [6, 2, 0])
+    stranger = policy.slice(0, 1).set_column(
+        0, policy.schema.field(0), pa.array([pair_id(99)], pa.binary(16))
+    )
+    found = publish(folders, pa.concat_tables([policy.slice(0, 1), stranger, policy.slice(1)]))
+    assert found.schema.equals(schema.EVALUATION)
+    # 99 has no reference.
+    assert found["pair_id"].to_pylist() == [pair_id(i) for i in (6, 2, 0)]
+    assert found["ref_rejected_logps"].to_pylist() == [-12.0, -4.0, 0.0]
+    assert found["policy_chosen_logps"].to_pylist() == pytest.approx([-5.9, -1.9, 0.1])
+
+
+def test_pairs_of_one_prompt_have_its_id_and_those_without_one_their_own(
+    folders: dict[str, StageFolder],
+) -> None:
+    found = publish(folders, policy_scores(folders, list(range(7))))["prompt_id"].to_pylist()
+    assert found[0] == found[1] == found[2]
+    assert found[3:5] == [pair_id(3), pair_id(4)]
+    assert len(set(found)) == 5  # and the same text is another prompt as a chat
+
+
+def test_an_evaluated_sum_that_is_not_finite_or_no_held_out_pair_is_never_published(
+    folders: dict[str, StageFolder],
+) -> None:
+    policy = policy_scores(folders, [0, 1])
+    place = policy.column_names.index("ref_chosen_logps")
+    values = pa.array([1.0, np.inf], pa.float32())
+    bad = policy.set_column(place, policy.schema.field(place), values)
+    with pytest.raises(ScoringError, match=pair_id(1).hex()):
+        publish(folders, bad)
+    with pytest.raises(SchemaError, match="1 evaluated pairs of shard-0 are not held out"):
+        publish(folders, policy_scores(folders, [0, 7]))
+    assert folders["evaluation"].finished_shards() == {}
+
+
+# -- right labels ----------------------------------------------------------------------------------
 
 
 def test_label_purity_equals_that_derived_by_hand() -> None:

@@ -16,7 +16,6 @@ from refscale.scoring.reference import EncodedPairs
 from refscale.scoring.shard_scoring import (
     ScorerSettings,
     ShardScorer,
-    publish_evaluation,
     publish_scores,
     read_pairs,
     table_from_bytes,
@@ -63,7 +62,7 @@ def corpus_table(rng=None):
 @pytest.fixture
 def run(tmp_path):
     store = Store(tmp_path / "run")
-    folders = {name: StageFolder(store, name) for name in ("corpus", "scores", "evaluation")}
+    folders = {name: StageFolder(store, name) for name in ("corpus", "scores")}
     for folder in folders.values():
         folder.begin({})
     folders["corpus"].commit_shard("shard-0", corpus_table())
@@ -213,27 +212,6 @@ def test_a_score_that_is_not_finite_is_never_published(run, scorer):
     with pytest.raises(ScoringError, match=pair_id(5).hex()):
         publish_scores(run["scores"])({**item, "scores": table_to_bytes(bad)})
     assert run["scores"].finished_shards() == {}
-
-
-def test_evaluation_joins_by_pair_id_whatever_the_order(run, scorer):
-    publish_scores(run["scores"])(scorer(read_pairs(run["corpus"])({"shard": "shard-0"})))
-    item = scorer(read_pairs(run["corpus"], holdout_up_to=b"\xff" * 16)({"shard": "shard-0"}))
-    policy = table_from_bytes(item["scores"])
-    reversed_rows = policy.take(list(reversed(range(policy.num_rows))))
-    stranger = policy.slice(0, 1).set_column(
-        0, policy.schema.field(0), pa.array([b"\xfe" * 16], pa.binary(16))
-    )
-    mixed = pa.concat_tables([reversed_rows, stranger])
-    publish_evaluation(run["evaluation"], run["scores"])({**item, "scores": table_to_bytes(mixed)})
-    table = run["evaluation"].read_table("shard-0.parquet")
-    assert sorted(table["pair_id"].to_pylist()) == [pair_id(i) for i in (0, 4, 8)]
-    # Policy and reference are the same model here, up to the batch's own rounding.
-    for side in SIDES:
-        np.testing.assert_allclose(
-            table[f"policy_{side}_logps"].to_numpy(),
-            table[f"ref_{side}_logps"].to_numpy(),
-            atol=1e-4,
-        )
 
 
 def test_policy_is_a_plain_model_of_its_own(settings):
