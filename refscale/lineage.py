@@ -1,33 +1,81 @@
 """Whether what a stage made is still what the config says, for the stages that build on it.
 
-In: the config and a manifest. Out: nothing, or a FingerprintError that names what differs. A stage
-compares its own folder with its own settings; this is for the settings that it shares with others.
+In: the config and a manifest. Out: what the stages are to share, or a FingerprintError that names
+what differs. A stage compares its own folder with its own settings; this is for the settings that
+it shares with others, such as the commit of a model on the hub.
 """
 
+import contextlib
+import os
+from collections.abc import Mapping
 from typing import Any
 
-from refscale.config import Config
-from refscale.errors import FingerprintError
-from refscale.storage.fingerprints import first_difference, model_fingerprint
+from refscale.config import Config, ModelConfig
+from refscale.corpus.encoding import EncoderSettings, tokenizer_fingerprint
+from refscale.errors import FingerprintError, StorageError
+from refscale.storage.fingerprints import (
+    first_difference,
+    hub_commit,
+    model_fingerprint,
+    pinned_revision,
+    split_revision,
+)
 
 
-def weights_of(config: Config) -> dict[str, Any]:
+def weights_of(model: ModelConfig) -> dict[str, Any]:
     """What identifies the reference model."""
-    model = config.model
     return {
         "model": model_fingerprint(model.model_name_or_path, model.revision),
         "adapter": model.adapter and model_fingerprint(model.adapter, None),
     }
 
 
-def require_encoding(config: Config, prepared: dict[str, Any]) -> None:
-    """Refuse a corpus of other token ids than the config's.
+def pinned_model(model: ModelConfig, before: Mapping[str, Any] | None = None) -> ModelConfig:
+    """The model with its hub ids at commits, so that all who load it load the same weights.
+
+    Args:
+        model: Of the config. Folders stay as they are.
+        before: `weights_of` the model as an earlier stage used it. What the config does not pin
+            stays at that commit, whatever its owner has pushed since.
+
+    Returns:
+        With `revision` a commit, and `adapter` as `id@commit`.
 
     Raises:
-        FingerprintError: Names the field.
+        StorageError: A hub id cannot be resolved.
     """
-    stored = {"encoding": prepared["fingerprint"]["encoding"]}
-    name, old, new = first_difference(stored, {"encoding": config.encoding.model_dump()})
+    before, name = before or {}, model.model_name_or_path
+    pins: dict[str, Any] = {"revision": _pinned(name, model.revision, before.get("model"))}
+    if model.adapter is not None:
+        adapter, revision = split_revision(model.adapter)
+        commit = _pinned(adapter, revision, before.get("adapter"))
+        pins["adapter"] = adapter if commit is None else f"{adapter}@{commit}"
+    return model.model_copy(update=pins)
+
+
+def _pinned(name: str, revision: str | None, before: Mapping[str, str] | None) -> str | None:
+    if revision is None and before and "commit" in before and not os.path.isdir(name):
+        # Not there: it was another model, and who compares the two will say so.
+        with contextlib.suppress(StorageError):
+            return hub_commit(name, before["commit"])
+    return pinned_revision(name, revision)
+
+
+def require_encoding(config: Config, prepared: dict[str, Any]) -> None:
+    """Refuse a corpus of other token ids than the config's: by length, tokenizer or template.
+
+    Raises:
+        FingerprintError: Names the field, or the file or commit of the tokenizer.
+        ModelError: The config's tokenizer is not there.
+    """
+    stored = {name: prepared["fingerprint"][name] for name in ("encoding", "tokenizer")}
+    model = config.model
+    revision = _pinned(model.model_name_or_path, model.revision, stored["tokenizer"])
+    asked = {
+        "encoding": config.encoding.model_dump(),
+        "tokenizer": tokenizer_fingerprint(EncoderSettings.of(config, revision)),
+    }
+    name, old, new = first_difference(stored, asked)
     if name:
         raise FingerprintError(
             f"corpus/ was made with {name} = {old}, now it is {new}; set it back, or redo all from"
@@ -35,17 +83,19 @@ def require_encoding(config: Config, prepared: dict[str, Any]) -> None:
         )
 
 
-def require_reference(config: Config, scored: dict[str, Any]) -> None:
-    """Refuse sums of another model than the config's: DPO starts from the one that scored.
+def require_reference(config: Config, scored: dict[str, Any]) -> ModelConfig:
+    """The model that DPO starts from: the one that scored. Where the config has another, a refusal.
 
     Raises:
-        FingerprintError: Names the file that differs.
+        FingerprintError: Names the file or commit that differs.
     """
-    weights = weights_of(config)
+    model = pinned_model(config.model, scored["fingerprint"])
+    weights = weights_of(model)
     stored = {name: scored["fingerprint"][name] for name in weights}
     name, old, new = first_difference(stored, weights)
     if name:
         raise FingerprintError(
-            f"scores/ are those of another model: {name} was {old}, now it is {new}; set"
-            " model.model_name_or_path back, or redo all from `refscale score --restart` on"
+            f"scores/ are those of another model: {name} was {old}, now it is {new}; set the"
+            " section model back, or redo all from `refscale score --restart` on"
         )
+    return model

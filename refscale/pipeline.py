@@ -21,10 +21,11 @@ from typing import Any
 from refscale import schema, summary
 from refscale.cluster.runtime import Step, disconnect, run_graph
 from refscale.cluster.trainer import train_on_ray
+from refscale.config import ModelConfig
 from refscale.corpus import fragments, preparation
 from refscale.errors import ConfigError, EvaluationError, ScoringError
 from refscale.evaluation import holdout
-from refscale.lineage import require_encoding, require_reference, weights_of
+from refscale.lineage import pinned_model, require_encoding, require_reference, weights_of
 from refscale.progress import StageProgress, print_counts, print_table, say
 from refscale.run import Run, claim, write_config
 from refscale.scoring import shard_scoring
@@ -152,10 +153,12 @@ def score(run: Run) -> dict[str, Any]:
     config, corpus, folder = run.config, run.folder("corpus"), run.folder("scores")
     parent = corpus.require()
     require_encoding(config, parent)
-    settings = _scorer_settings(run)
+    # Of the commit whose tokenizer encoded the corpus.
+    model = pinned_model(config.model, {"model": parent["fingerprint"]["tokenizer"]})
+    settings = _scorer_settings(run, model)
     fingerprint = {
         "corpus": parent["identity"],
-        **weights_of(config),
+        **weights_of(model),
         "dtype": settings.dtype,
         "path": settings.path,
         "quantization": settings.quantization,
@@ -232,7 +235,7 @@ def _score_shards(
     return sorted(records, key=lambda record: record.name)
 
 
-def _scorer_settings(run: Run) -> shard_scoring.ScorerSettings:
+def _scorer_settings(run: Run, model: ModelConfig) -> shard_scoring.ScorerSettings:
     config = run.config
     replicas = config.ray.replica_bounds()[1]
     # One dtype for all replicas: a pool of unlike machines must not mix them.
@@ -240,8 +243,8 @@ def _scorer_settings(run: Run) -> shard_scoring.ScorerSettings:
         config.model.dtype, cuda=run.gpus(config.ray.gpus_per_replica) > 0
     )
     return shard_scoring.ScorerSettings(
-        model_name_or_path=config.model.model_name_or_path,
-        revision=config.model.revision,
+        model_name_or_path=model.model_name_or_path,
+        revision=model.revision,
         dtype=dtype,
         dtype_reason=reason,
         dtype_asked=config.model.dtype,
@@ -249,7 +252,7 @@ def _scorer_settings(run: Run) -> shard_scoring.ScorerSettings:
         token_budget=config.score.token_budget,
         trust_remote_code=config.model.trust_remote_code,
         attn_implementation=config.model.attn_implementation,
-        adapter=config.model.adapter,
+        adapter=model.adapter,
         quantization=config.score.quantization,
         num_threads=run.threads(replicas, config.ray.cpus_per_replica),
     )
@@ -350,7 +353,7 @@ def train(run: Run) -> dict[str, Any]:
     config, folder, policy = run.config, run.folder("training"), run.folder("policy")
     selected, scores = run.folder("selection").require(), run.folder("scores").require()
     require_encoding(config, run.folder("corpus").require())
-    require_reference(config, scores)
+    model = require_reference(config, scores)
     options = config.train.model_dump()
     fingerprint = {
         "selection": selected["identity"],
@@ -361,13 +364,12 @@ def train(run: Run) -> dict[str, Any]:
         "holdout_pairs": config.evaluate.max_pairs if config.train.eval_steps else None,
     }
     restart = "train" in run.restart
-    done = policy.begin(fingerprint, restart=restart)
+    if policy.begin(fingerprint, restart=restart):
+        return _skipped(policy)  # whatever has become of training/: nothing needs it any more
     folder.begin(fingerprint, restart=restart)
-    if done:
-        return _skipped(policy)
     settings = WorkerSettings(
         train=options,
-        model_name_or_path=config.model.model_name_or_path,
+        model_name_or_path=model.model_name_or_path,
         selection_files=[f"selection/{file['name']}" for file in selected["files"] if file["rows"]],
         output_dir="",
         policy_dir="",
@@ -376,8 +378,9 @@ def train(run: Run) -> dict[str, Any]:
         bf16=config.train.bf16
         if config.train.bf16 is not None
         else scores["fingerprint"]["dtype"] == "bfloat16",
-        revision=config.model.revision,
-        adapter=config.model.adapter,
+        scored_in_bf16=scores["fingerprint"]["dtype"] == "bfloat16",
+        revision=model.revision,
+        adapter=model.adapter,
         attn_implementation=config.model.attn_implementation,
         chat_template=config.model.chat_template,
         trust_remote_code=config.model.trust_remote_code,
@@ -398,6 +401,7 @@ def train(run: Run) -> dict[str, Any]:
             threads=run.threads(workers, config.ray.cpus_per_worker),
             max_failures=config.train.max_failures,
             checkpoints_kept=config.train.save_total_limit,
+            wait_for_room_s=0 if run.cluster.embedded else config.ray.wait_for_room_s,
         )
     run.store.delete(folder.file(_HOLDOUT))
     seconds = folder.spent_s + time.monotonic() - started
@@ -463,7 +467,7 @@ def evaluate(run: Run) -> dict[str, Any]:
         run.folder("policy").require(),
     )
     run.folder("selection").require()
-    settings = _scorer_settings(run).for_policy(run.store.uri_of("policy"))
+    settings = _scorer_settings(run, config.model).for_policy(run.store.uri_of("policy"))
     fingerprint = {
         "policy": policy["identity"],
         "scores": scored["identity"],
@@ -473,6 +477,7 @@ def evaluate(run: Run) -> dict[str, Any]:
         "path": settings.path,
         "attn_implementation": settings.attn_implementation,
         "engine": shard_scoring.engine_version(),
+        "statistics": holdout.VERSION,
     }
     if folder.begin(fingerprint, restart="evaluate" in run.restart):
         return _skipped(folder)
@@ -497,7 +502,7 @@ def evaluate(run: Run) -> dict[str, Any]:
         sample,
         folder,
         shard_scoring.read_pairs(corpus, holdout_up_to=last),
-        shard_scoring.publish_evaluation(folder, scores),
+        holdout.publish_evaluation(folder, corpus, scores),
     )
     facts: dict[str, Any] = {"beta": config.train.beta}
     if held:

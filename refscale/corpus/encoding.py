@@ -21,6 +21,7 @@ from typing import Any
 
 import jinja2
 
+from refscale.config import Config
 from refscale.config_file import explain_model_name
 from refscale.corpus.pairs import Messages, Pair, Refusal, shorten
 from refscale.errors import ModelError, StorageError
@@ -76,6 +77,22 @@ class EncoderSettings:
     chat_template: str | None
     max_length: int
     truncation: str
+
+    @classmethod
+    def of(cls, config: Config, revision: str | None) -> "EncoderSettings":
+        """Those of a run, with the tokenizer at `revision`.
+
+        Raises:
+            ConfigError: The chat template cannot be read.
+        """
+        return cls(
+            model_name_or_path=config.model.model_name_or_path,
+            revision=revision,
+            trust_remote_code=config.model.trust_remote_code,
+            chat_template=read_chat_template(config.model.chat_template),
+            max_length=config.encoding.max_length,
+            truncation=config.encoding.truncation,
+        )
 
     def load(self) -> "Encoder":
         """The encoder; loading a tokenizer takes a second.

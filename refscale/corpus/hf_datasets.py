@@ -4,13 +4,15 @@
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from refscale.corpus.pairs import shorten
-from refscale.errors import CorpusError
-from refscale.storage.fingerprints import digest
+from refscale.errors import CorpusError, StorageError
+from refscale.progress import say
+from refscale.storage.fingerprints import digest, hub_commit, is_commit
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,24 @@ class DatasetRef:
     revision: str | None
     split: str | None
 
+    def __str__(self) -> str:
+        """The split, and the commit of one on the hub, for people."""
+        at = f" of commit {self.revision}" if is_commit(self.revision) else ""
+        return f"split {self.split or '(only one)'}{at}"
+
+    def pinned(self) -> "DatasetRef":
+        """A hub dataset at the commit that its revision is now, so that all processes read that.
+
+        Without the hub `datasets` reads what a machine has cached last, and so does this.
+        """
+        if self.kind != "hub" or Path(self.root).is_dir():
+            return self
+        try:
+            return replace(self, revision=hub_commit(self.root, self.revision, "dataset"))
+        except StorageError as exc:
+            say(f"hub       {exc}: each machine reads the version in its own cache")
+            return self
+
 
 @lru_cache(maxsize=4)
 def _load_dataset(ref: DatasetRef) -> Any:
@@ -32,7 +52,7 @@ def _load_dataset(ref: DatasetRef) -> Any:
         if ref.kind == "disk":
             loaded = datasets.load_from_disk(ref.root)
             return loaded if ref.split is None else loaded[ref.split]
-        return datasets.load_dataset(
+        loaded = datasets.load_dataset(
             ref.root, ref.subset, split=ref.split, revision=ref.revision
         ).with_format(None)
     except (OSError, ValueError, KeyError, RuntimeError) as exc:
@@ -40,6 +60,19 @@ def _load_dataset(ref: DatasetRef) -> Any:
         raise CorpusError(
             f"the {source} {ref.root} cannot be loaded: {shorten(str(exc), 200)}"
         ) from exc
+    _check_commit(ref, loaded)
+    return loaded
+
+
+def _check_commit(ref: DatasetRef, loaded: Any) -> None:
+    """Refuse what `datasets` 5.2 falls back on, saying so in its log: the version cached last."""
+    for file in loaded.cache_files:
+        commit = Path(file["filename"]).parent.name  # the folder of a hub dataset is its commit
+        if is_commit(ref.revision) and is_commit(commit) and commit != ref.revision:
+            raise CorpusError(
+                f"the hub dataset {ref.root} cannot be loaded at commit {ref.revision}, and this"
+                f" machine's cache has commit {commit}; is the hub reached from here?"
+            )
 
 
 def dataset_splits(ref: DatasetRef, where: str) -> list[str] | None:
@@ -68,11 +101,14 @@ def dataset_rows(ref: DatasetRef) -> int:
     return len(_load_dataset(ref))
 
 
-def dataset_fingerprint(ref: DatasetRef) -> str:
-    """What identifies a hub dataset's contents on this machine and others."""
+def dataset_fingerprint(ref: DatasetRef) -> dict[str, str]:
+    """What identifies a hub dataset's contents: commit and subset; without a commit, the rows."""
+    subset = {} if ref.subset is None else {"subset": ref.subset}
+    if ref.revision is not None and is_commit(ref.revision):
+        return {"commit": ref.revision, **subset}
     loaded = _load_dataset(ref)
     checksums = getattr(loaded.info, "download_checksums", None) or {}
-    return f"{len(loaded)} rows of {digest(sorted(checksums))[:16]}"
+    return {"dataset": f"{len(loaded)} rows of {digest(sorted(checksums))[:16]}", **subset}
 
 
 def dataset_slice(

@@ -9,13 +9,15 @@ from dataclasses import dataclass, replace
 from itertools import count, islice
 from typing import Any
 
-from refscale.config import Config, CorpusConfig, Source
-from refscale.corpus.encoding import EncoderSettings, read_chat_template, tokenizer_fingerprint
+from refscale.config import Config, CorpusConfig, ModelConfig, Source
+from refscale.config_file import explain_model_name
+from refscale.corpus.encoding import EncoderSettings, tokenizer_fingerprint
 from refscale.corpus.pairs import Pair, Refusal
 from refscale.corpus.reading import Row, read_rows
 from refscale.corpus.shapes import canonical_pair, detect_shape
 from refscale.corpus.sources import LocatedSource, Unit, contents, locate, plan_units, unit_bytes
-from refscale.errors import CorpusError, ModelError
+from refscale.errors import CorpusError, ModelError, StorageError
+from refscale.storage.fingerprints import pinned_revision
 
 # Raised when the same rows would be prepared to other bytes: a run made before is then refused.
 CODE_VERSION = 2
@@ -67,14 +69,7 @@ def plan(config: Config) -> Plan:
         ModelError: The tokenizer cannot be loaded, or cannot encode what the sources hold.
     """
     corpus = config.corpus
-    settings = EncoderSettings(
-        model_name_or_path=config.model.model_name_or_path,
-        revision=config.model.revision,
-        trust_remote_code=config.model.trust_remote_code,
-        chat_template=read_chat_template(config.model.chat_template),
-        max_length=config.encoding.max_length,
-        truncation=config.encoding.truncation,
-    )
+    settings = EncoderSettings.of(config, _tokenizer_revision(config.model))
     located = _named([locate(source, i) for i, source in enumerate(corpus.sources)])
     wanted = unit_bytes(sum(found.num_bytes for found in located))
     units: list[Unit] = []
@@ -103,6 +98,15 @@ def plan(config: Config) -> Plan:
         max_row_bytes=corpus.max_row_bytes,
         seed=corpus.seed,
     )
+
+
+def _tokenizer_revision(model: ModelConfig) -> str | None:
+    name = model.model_name_or_path
+    try:
+        return pinned_revision(name, model.revision)
+    except StorageError as exc:
+        error = f"the tokenizer of model.model_name_or_path = {name} cannot be loaded: {exc}"
+        raise ModelError(explain_model_name(name, error)) from exc
 
 
 def _named(located: list[LocatedSource]) -> list[LocatedSource]:
@@ -156,7 +160,7 @@ def _look_at(
     ]
     kinds = {"chat" if pair.conversational else "text" for pair in pairs}
     files = f"{len(found.files)} file{'s' * (len(found.files) != 1)}"
-    what = f"dataset split {found.dataset.split or '(only one)'}" if found.dataset else files
+    what = f"dataset {found.dataset}" if found.dataset else files
     line = f"{found.name}: {what}, shape {shape} ({evidence}), {' and '.join(sorted(kinds))} pairs"
     return shape, line if kinds else f"{line.removesuffix(' pairs')}no pair in the sample", kinds
 

@@ -11,7 +11,7 @@ lines, and compressed ones to the end; of other formats the footers. reading.py 
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import PurePosixPath
 
@@ -86,7 +86,7 @@ def locate(source: Source, index: int) -> LocatedSource:
     """
     where = f"corpus.sources.{index}"
     if source.dataset is not None:
-        ref = DatasetRef("hub", source.dataset, source.subset, source.revision, None)
+        ref = DatasetRef("hub", source.dataset, source.subset, source.revision, None).pinned()
         ref = _with_split(ref, source.split, where)
         name = source.name or PurePosixPath(source.dataset).name
         return LocatedSource(index, name, source.dataset, (), ref)
@@ -158,7 +158,7 @@ def unit_bytes(total: int) -> int:
 def contents(located: LocatedSource) -> dict[str, str]:
     """What identifies a source's contents: {file: sha256}, or size and time of remote files.
 
-    More than 32 files are summed up in one digest.
+    More than 32 files are summed up in one digest. A hub dataset is its commit and subset.
     """
     found: dict[str, str] = {}
     for file in located.files:
@@ -167,7 +167,7 @@ def contents(located: LocatedSource) -> dict[str, str]:
         else:
             found[file.name] = file_sha256(file.path)
     if located.dataset is not None and not found:
-        return {"dataset": hf_datasets.dataset_fingerprint(located.dataset)}
+        return hf_datasets.dataset_fingerprint(located.dataset)
     return found if len(found) <= 32 else {f"{len(found)} files": digest(found)}
 
 
@@ -269,7 +269,7 @@ def _with_split(ref: DatasetRef, split: str | None, where: str) -> DatasetRef:
         raise CorpusError(
             f"{where}: {ref.root} has no split {split}; set split to one of {', '.join(splits)}"
         )
-    return DatasetRef(ref.kind, ref.root, ref.subset, ref.revision, split)
+    return replace(ref, split=split)
 
 
 # -- parts ---------------------------------------------------------------------------------------

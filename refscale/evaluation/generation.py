@@ -20,6 +20,10 @@ from refscale.errors import ConfigError, EvaluationError, ModelError
 from refscale.storage.copies import local_folder
 from refscale.storage.fingerprints import digest
 
+# In the fingerprint of kept answers. Raised when equal weights, prompts and settings would answer
+# otherwise: answers made before are then not shown beside new ones.
+GENERATION_VERSION = 1
+
 Conversation = Sequence[Mapping[str, str]]
 Item = dict[str, Any]
 
@@ -75,7 +79,7 @@ class Generator:
 
     def __init__(self, settings: GeneratorSettings) -> None:
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
         from refscale.scoring.loading import merge_adapter
         from refscale.scoring.reference import choose_dtype
@@ -115,6 +119,13 @@ class Generator:
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         self._stops = self._stop_ids()
+        # transformers 5.23: generate() takes what it is not given, such as beams, min_p or banned
+        # words, from the model's own.
+        self._model.generation_config = GenerationConfig(
+            bos_token_id=getattr(self._model.generation_config, "bos_token_id", None),
+            pad_token_id=self._tokenizer.pad_token_id,
+            eos_token_id=self._stops,
+        )
 
     def _stop_ids(self) -> list[int]:
         """Ids that end an answer: the tokenizer's and those of the model's generation config."""

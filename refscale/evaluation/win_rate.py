@@ -16,10 +16,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from refscale.errors import EvaluationError
-from refscale.evaluation.generation import Completion, CompletionStep, GeneratorSettings
+from refscale.evaluation.generation import (
+    GENERATION_VERSION,
+    Completion,
+    CompletionStep,
+    GeneratorSettings,
+)
 from refscale.evaluation.grading import compare
 from refscale.evaluation.judge import Judge, JudgeConfig
 from refscale.evaluation.questions import Answer, Question, load_judge_prompts
+from refscale.lineage import pinned_model
 from refscale.schema import HOLDOUT
 from refscale.storage.fingerprints import digest
 from refscale.storage.stages import FileRecord, StageFolder
@@ -76,6 +82,7 @@ def win_rate(
         "num_prompts": num_prompts,
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
+        "generation": GENERATION_VERSION,
         "judge": None
         if judge is None
         else {
@@ -99,12 +106,12 @@ def win_rate(
             "trust_remote_code": run.config.model.trust_remote_code,
             "max_new_tokens": max_new_tokens,
         }
-        model = run.config.model
+        scored = run.folder("scores").require()["fingerprint"]
+        model = pinned_model(run.config.model, scored)
         reference = GeneratorSettings(
             model.model_name_or_path, revision=model.revision, adapter=model.adapter, **common
         )
         policy = GeneratorSettings(run.store.uri_of("policy"), **common)
-        scored = run.folder("scores").require()["fingerprint"]
         with once:
             theirs = _complete(
                 run,
@@ -160,8 +167,18 @@ def _readable(messages: str) -> str:
     """A conversation for the judge: the request alone, or all turns with their roles."""
     turns = json.loads(messages)
     if len(turns) == 1:
-        return str(turns[0]["content"])
-    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+        return _said(turns[0])
+    return "\n\n".join(f"{turn['role']}: {_said(turn)}" for turn in turns)
+
+
+def _said(turn: Mapping[str, Any]) -> str:
+    """A turn's text, its parts joined; its tool calls as JSON where it has none."""
+    content = turn.get("content") or ""
+    if not isinstance(content, str):
+        content = "".join(str(part.get("text") or "") for part in content)
+    if not content and turn.get("tool_calls"):
+        return json.dumps(turn["tool_calls"], ensure_ascii=False)
+    return content
 
 
 def _complete(
@@ -181,6 +198,7 @@ def _complete(
         "max_new_tokens": settings.max_new_tokens,
         "dtype": settings.dtype,
         "batch_size": batch_size,
+        "generation": GENERATION_VERSION,
     }
     if not folder.begin(fingerprint):
         records = folder.finished_shards()

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from refscale.config import Config
+from refscale.progress import say
 from refscale.report.verdict import Values, verdict
 from refscale.storage.stages import STAGE_COMMANDS, StageFolder
 from refscale.storage.store import Store
-from refscale.training.log import read_log
+from refscale.training.log import LOG_FILE, read_log
 
 FORMAT_VERSION = 1
 CURVES = (
@@ -71,7 +72,7 @@ def collect(store: Store, config: Config) -> ReportData:
     """Read what a report needs from a run folder, finished or not.
 
     Raises:
-        StorageError: A manifest, the log or a quarantine table is damaged.
+        StorageError: A manifest or a quarantine table is damaged.
     """
     folders = {stage: StageFolder(store, stage) for stage in ("quarantine", *STAGE_COMMANDS)}
     found = {stage: folder.manifest() for stage, folder in folders.items()}
@@ -80,10 +81,23 @@ def collect(store: Store, config: Config) -> ReportData:
         uri=store.uri,
         config=config,
         manifests=manifests,
-        log=read_log(folders["training"]),
+        log=_log(folders["training"], found["training"]),
         refused=_refused_examples(folders["quarantine"], manifests.get("quarantine", {})),
         cuts=_cuts(folders["selection"], manifests.get("selection", {})),
     )
+
+
+def _log(folder: StageFolder, manifest: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Rows of the training log; none of a damaged one, which no command would ever write again."""
+    try:
+        rows = read_log(folder)
+        damaged = manifest is not None and bool(folder.damaged(manifest))
+    except ValueError:
+        damaged = True
+    if not damaged:
+        return rows
+    say(f"report    {folder.file(LOG_FILE)} is damaged or missing; its curves are left out")
+    return []
 
 
 def _refused_examples(
@@ -265,6 +279,8 @@ def _peak_flops(engine: Mapping[str, Any], gpus_per_replica: float | None) -> fl
 
 def _training(data: ReportData) -> Values | None:
     metrics = _details(data, "training")
+    if metrics is None:  # deleted, as its checkpoints are large: the policy has the same details
+        metrics = _details(data, "policy")
     if metrics is None and not data.log:
         return None
     return {

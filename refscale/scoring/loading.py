@@ -12,6 +12,7 @@ from refscale.config_file import explain_model_name
 from refscale.errors import ModelError
 from refscale.scoring.cpu_products import use_onednn
 from refscale.scoring.devices import choose_dtype, keep_freed_memory
+from refscale.storage.fingerprints import split_revision
 
 _LOADING_FAILS = (
     OSError,
@@ -101,7 +102,7 @@ def merge_adapter(model: Any, adapter: str) -> Any:
 
     Args:
         model: A causal LM; it is changed.
-        adapter: Folder or hub id of a LoRA adapter in safetensors.
+        adapter: Folder or hub id (`id@revision`) of a LoRA adapter in safetensors.
 
     Raises:
         OSError: It has no safetensors, or cannot be read.
@@ -112,15 +113,16 @@ def merge_adapter(model: Any, adapter: str) -> Any:
     from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
     # Without them peft would unpickle adapter_model.bin.
+    name, revision = split_revision(adapter)
     if not os.path.isdir(adapter):
-        hf_hub_download(adapter, SAFETENSORS_WEIGHTS_NAME)
+        hf_hub_download(name, SAFETENSORS_WEIGHTS_NAME, revision=revision)
     elif not os.path.isfile(os.path.join(adapter, SAFETENSORS_WEIGHTS_NAME)):
         raise OSError(f"the adapter {adapter} has no {SAFETENSORS_WEIGHTS_NAME}")
     try:
         with warnings.catch_warnings():
             # peft only warns, and takes layers without weights as untrained ones.
             warnings.filterwarnings("error", message=".*missing adapter keys")
-            adapted = PeftModel.from_pretrained(model, adapter)
+            adapted = PeftModel.from_pretrained(model, name, revision=revision)
     except (UserWarning, RuntimeError, LookupError, AttributeError, TypeError) as exc:
         raise ValueError(f"the adapter {adapter} does not fit: {exc}") from exc
     if not hasattr(adapted.base_model, "merge_and_unload"):

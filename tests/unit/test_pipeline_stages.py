@@ -1,9 +1,12 @@
 """The stages on a whole run, their graphs run in this process: what they hand on and refuse."""
 
 import os
+import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from fake_hub import fake_hub, next_process
 from support import save_tiny_llama, string_pairs, write_jsonl
 
 from refscale import pipeline
@@ -12,6 +15,7 @@ from refscale.config import parse_config
 from refscale.errors import CorpusError, FingerprintError
 from refscale.lineage import weights_of
 from refscale.run import Run
+from refscale.scoring.reference import EncodedPairs, ReferenceModel
 from refscale.storage.stages import StageFolder
 from refscale.storage.store import Store
 
@@ -83,7 +87,7 @@ def test_what_was_scored_is_what_training_starts_from(made, tmp_path):
     run = made()
     prepared = pipeline.prepare(run)
     scores, selection = run.folder("scores"), run.folder("selection")
-    weights = weights_of(run.config)
+    weights = weights_of(run.config.model)
     scores.begin(weights)
     scores.finish(weights, [], counts={}, seconds=1)
     selection.begin({})
@@ -92,7 +96,17 @@ def test_what_was_scored_is_what_training_starts_from(made, tmp_path):
     for stage in (pipeline.score, pipeline.train):
         with pytest.raises(FingerprintError, match=r"encoding\.max_length = 1024, now it is 512"):
             stage(longer)
+    (tmp_path / "template.jinja").write_text("{{ messages }}")
+    templated = {"chat_template": str(tmp_path / "template.jinja")}
     other = save_tiny_llama(tmp_path / "other", seed=1)
+    foreign = shutil.copytree(other, tmp_path / "foreign")
+    (foreign / "tokenizer_config.json").write_text("{}")
+    for model, what in ((templated, "chat_template"), ({"model_name_or_path": str(foreign)}, "")):
+        for stage in (pipeline.score, pipeline.train):
+            with pytest.raises(
+                FingerprintError, match=rf"made with tokenizer\..*{what}.* = .*, now"
+            ):
+                stage(made(model={**run.config.model.model_dump(), **model}))
     with pytest.raises(FingerprintError, match=r"another model: model\.model\.safetensors was"):
         pipeline.train(made(model={"model_name_or_path": str(other)}))
     assert prepared["rows"] and not run.store.exists("training")
@@ -154,3 +168,84 @@ def test_a_quantised_reference_is_said_to_differ_from_the_policy(
     assert ("its margins also hold the error of that" in said) == (quantization is not None)
     assert f"scored in {quantization} and the policy is not" in said or quantization is None
     assert scored_with == [None]
+
+
+@pytest.fixture
+def trained_with(monkeypatch):
+    """The settings that trainings were started with, none of which was run."""
+    seen = []
+
+    def train(settings, folder, *_arguments, **_options):
+        seen.append(settings)
+        folder.store.write_bytes(folder.file("log.jsonl"), b'{"step": 1, "loss": 0.5}\n')
+        return {"steps": 1, "train_loss": 0.5}
+
+    monkeypatch.setattr(pipeline, "train_on_ray", train)
+    return seen
+
+
+def test_scores_name_the_commit_that_scored_and_training_starts_from_it(
+    made, tmp_path, monkeypatch, tiny_model, trained_with
+):
+    hub = fake_hub(monkeypatch, tmp_path / "hub")
+    folders = {"a": tiny_model}
+    for seed, letter in enumerate("bc", start=1):
+        folders[letter] = save_tiny_llama(tmp_path / letter, seed=seed)
+    for letter, folder in folders.items():
+        hub.download("org/m", letter, folder)
+    # The driver's cache has the old main, which it was enough to ask for.
+    hub.cache_main("org/m", "a")
+    pushed = hub.push("org/m", "b")
+    run = made(model={"model_name_or_path": "org/m", "dtype": "float32"})
+    prepared = pipeline.prepare(run)
+    assert prepared["fingerprint"]["tokenizer"] == {"commit": pushed}
+    assert pipeline.preparation.plan(run.config).encoder.revision == pushed
+    later = hub.push("org/m", "c")
+    next_process(monkeypatch)
+    hub.cache_main("org/m", "a")
+    scored = pipeline.score(run)
+    assert scored["fingerprint"]["model"] == {"commit": pushed}
+    name = scored["files"][0]["name"]
+    pairs = EncodedPairs.from_table(run.folder("corpus").read_table(name))
+    model = ReferenceModel.load(str(folders["b"]), dtype="float32", device="cpu")
+    sums = run.folder("scores").read_table(name)["ref_chosen_logps"].to_numpy()
+    # Sums near -100 in float32, in other batches perhaps; the other models' are nats away.
+    np.testing.assert_allclose(sums, model.score(pairs).chosen_logps, atol=1e-3)
+
+    pipeline.select(run)
+    next_process(monkeypatch)
+    pipeline.train(run)
+    assert [settings.revision for settings in trained_with] == [pushed]
+    pinned = {"model_name_or_path": "org/m", "dtype": "float32", "revision": later}
+    with pytest.raises(FingerprintError, match=f"tokenizer.commit = {pushed}, now it is {later}"):
+        pipeline.train(made(model=pinned))
+    next_process(monkeypatch)
+    with pytest.raises(FingerprintError, match=f"tokenizer.commit = {pushed}, now it is {later}"):
+        pipeline.prepare(run)
+
+
+@pytest.mark.parametrize("loss", ["deleted", "damaged", "garbled"])
+def test_a_finished_training_stays_finished_whatever_becomes_of_its_checkpoints_and_log(
+    made, trained_with, loss
+):
+    run = made()
+    for stage in (pipeline.prepare, pipeline.score, pipeline.select, pipeline.train):
+        stage(run)
+    before = pipeline.report(run)["training"]
+    assert before["finished"] and before["num_logged"] == 1
+    if loss == "deleted":
+        run.store.delete("training")
+    else:
+        bad = b'{"step": 1, "loss": 0.1}\n' if loss == "damaged" else b"\xff{"
+        run.store.write_bytes("training/log.jsonl", bad)
+    for _ in range(2):
+        pipeline.train(run)
+        training = pipeline.report(run)["training"]
+        assert training["finished"] and training["metrics"] == before["metrics"]
+        assert training["num_logged"] == 0 and training["last_step"] == 1
+    assert len(trained_with) == 1
+    assert run.store.exists("training") == (loss != "deleted")
+    run.restart = frozenset({"train"})
+    pipeline.train(run)
+    assert len(trained_with) == 2
+    assert pipeline.report(run)["training"]["num_logged"] == 1

@@ -88,6 +88,7 @@ def _rows(num_pairs, text):
         rows.append(
             {
                 "pair_id": hashlib.blake2b(f"{i}".encode(), digest_size=16).digest(),
+                "prompt_id": hashlib.blake2b(f"prompt {i}".encode(), digest_size=16).digest(),
                 "source": "docs" if i % 3 else f"forum {text[:60]}",
                 "source_row": i,
                 "split": schema.HOLDOUT if i % 5 == 0 else schema.TRAIN,
@@ -457,6 +458,39 @@ def test_a_training_that_goes_on_shows_its_curves_so_far(tmp_path):
     assert not training["finished"] and training["last_step"] == 20
     assert training["curves"]["loss"]["steps"] == list(range(1, 21))
     assert "in 20 of 60 steps so far" in render_html(made.data())
+
+
+def test_a_policy_whose_training_folder_is_gone_has_been_trained(tmp_path, capsys):
+    made = make_run(tmp_path)
+    before = report_json(made.data())["training"]
+    made.store.delete("training")
+    training = report_json(made.data())["training"]
+    assert training["finished"] and training["metrics"] == before["metrics"]
+    assert training["last_step"] == 60 and training["num_logged"] == 0
+    html = render_html(made.data())
+    assert "No policy has been trained" not in html and "Not finished" not in html
+    assert "4,321" in html or "0.4321" in html  # train_loss
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("log", [b'{"step": 1, "loss": 9}', b"\xff", b'{"step"', None])
+def test_a_damaged_log_is_said_and_left_out(tmp_path, capsys, log, finished):
+    made = make_run(tmp_path)
+    folder = StageFolder(made.store, "training")
+    folder.finish({"b": 0.1}, folder.adopt(["log.jsonl"]), counts={}, seconds=1)
+    if not finished:
+        made.store.delete("training/MANIFEST.json")
+        made.store.delete("policy/MANIFEST.json")
+    made.store.delete("training/log.jsonl")
+    if log is not None:
+        made.store.write_bytes("training/log.jsonl", log)
+    training = report_json(made.data())["training"]
+    # Without a manifest, a log that can be read is believed and one that is not there is none.
+    taken = not finished and log is not None and log.endswith(b"}")
+    said = finished or log in (b"\xff", b'{"step"')
+    assert (training or {"num_logged": 0})["num_logged"] == int(taken)
+    assert ("training/log.jsonl is damaged or missing" in capsys.readouterr().err) == said
 
 
 def test_a_long_log_is_shown_by_means_of_consecutive_rows(tmp_path):
