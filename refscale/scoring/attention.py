@@ -4,8 +4,9 @@ Registered with transformers' AttentionInterface as PACKED; models then call it 
 place of their own kernel, and build no mask for it. Exact for causal models: the rows of a pack see
 just the keys that they would see in their own sequences.
 
-- CUDA, half precision: one varlen call a layer over gathered keys, causal from the lower right.
-  Heads whose keys and values differ in size (DeepSeek's) are padded to one size with zeros.
+- CUDA, half precision or autocast to it: one varlen call a layer over gathered keys, causal from
+  the lower right. Heads whose keys and values differ in size (DeepSeek's) are padded to one size
+  with zeros.
 - Elsewhere: SDPA over batches of blocks. A block is at most 64 queries of a segment; blocks of
   similar shape are gathered, padded to one shape and attended in one call under an additive bias,
   all of which is laid out once a pack and shared by all layers. With small models a call for each
@@ -156,6 +157,10 @@ def packed_attention(
     """
     assert _layout is not None, "packed attention runs within attention.layout"
     assert attention_mask is None and not dropout, "a pack has neither mask nor dropout"
+    if torch.is_autocast_enabled(kind := query.device.type):
+        # As SDPA does: rotated queries and keys of float32 weights come in float32, values do not.
+        half = torch.get_autocast_dtype(kind)
+        query, key, value = query.to(half), key.to(half), value.to(half)
     unknown = [n for n, x in others.items() if isinstance(x, Tensor) and n not in _HARMLESS]
     if unknown or is_causal is False:
         what = ", ".join(unknown) or "attention that is not causal"

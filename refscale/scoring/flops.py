@@ -4,6 +4,7 @@ The formula that TRL's MFU uses too, with the output head apart, because only ro
 completion token go through it.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,9 +34,9 @@ class Flops:
         head = model.get_output_embeddings()
         embeddings |= {id(p) for p in head.parameters()} if head is not None else set()
         weights = sum(
-            p.numel() * (share if _is_experts(name, p, experts) else 1.0)
+            num_weights(p) * (share if _is_experts(name, p, experts) else 1.0)
             for name, p in model.named_parameters()
-            if id(p) not in embeddings and p.dim() > 1
+            if id(p) not in embeddings and len(_shape(p)) > 1
         )
         heads = getattr(config, "num_attention_heads", None) or 0
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
@@ -50,6 +51,19 @@ class Flops:
         return self.per_token * tokens + self.per_head_row * head_rows + self.per_context * context
 
 
+def num_weights(parameter: Any) -> int:
+    """Weights of a parameter, also where ZeRO-3 keeps a part here, or a byte holds two (4bit)."""
+    return math.prod(_shape(parameter))
+
+
+def _shape(parameter: Any) -> tuple[int, ...]:
+    """What bitsandbytes' 4-bit and ZeRO-3's parameters were before they were cut."""
+    packed = getattr(parameter, "quant_state", None)
+    whole = getattr(parameter, "ds_shape", parameter.shape) if packed is None else packed.shape
+    return tuple(whole)
+
+
 def _is_experts(name: str, parameter: Any, experts: int | None) -> bool:
     """Whether these weights are of experts of which a token takes some; shared ones are not."""
-    return ".experts." in name or (parameter.dim() == 3 and len(parameter) == experts)
+    shape = _shape(parameter)
+    return ".experts." in name or (len(shape) == 3 and shape[0] == experts)

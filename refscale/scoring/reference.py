@@ -31,6 +31,7 @@ from refscale.scoring.devices import (
     reset_peak_memory,
 )
 from refscale.scoring.encoded_pairs import EncodedPairs
+from refscale.scoring.flops import num_weights
 from refscale.scoring.forward import Batch, Forward
 from refscale.scoring.limits import Limits
 from refscale.scoring.loading import load_model
@@ -96,7 +97,7 @@ class ReferenceModel:
             "path_reason": reason,
             "token_budget": self.token_budget,
             "num_threads": torch.get_num_threads(),
-            "num_parameters": sum(p.numel() for p in model.parameters()),
+            "num_parameters": sum(num_weights(p) for p in model.parameters()),
             "vocab_size": forward.config.vocab_size,
             **(info or {}),
         }

@@ -1,15 +1,17 @@
 """Refuses what training would refuse, before anything is scored.
 
 In: the config, or plain values of its section train. Out: nothing, or a ConfigError that names the
-option and what to change. Seconds, on any machine; imports trl where `train.trl` is set.
+option and what to change. Seconds, on any machine; imports trl where `train.trl` is set, and reads
+the model's config where an adapter on its embedding may not fit it.
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from refscale.errors import ConfigError
-from refscale.training.presets import deepspeed_config, nearest, peft_config
+from refscale.training.presets import deepspeed_config, nearest, peft_config, zero_stage
 
 if TYPE_CHECKING:
     from refscale.config import Config
@@ -35,6 +37,28 @@ LOSS_TYPES = (
 )
 # Those of them that read train.label_smoothing; TRL's sigmoid ignores it.
 _SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
+# Those that take another train.trl.f_divergence_type than its default, the first of them.
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+DIVERGENT_LOSSES = (
+    "sigmoid",
+    "sigmoid_norm",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "robust",
+    "discopop",
+    "sft",
+)
+# Those that sort the pairs of a batch, so that no weight could follow its pair.
+_SORTING = ("aot", "aot_unpaired")
+
+# What input embeddings are called in transformers.
+_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
+TIED_EMBEDDING = (
+    "train.peft trains an adapter on the input embedding, whose weight this model's output head"
+    " shares: merged, it would change the head too, and the policy would not be the trained one;"
+    " leave it out, or train the embedding whole with train.peft.modules_to_save"
+)
 
 NO_HOLDOUT = (
     "train.eval_steps measures held-out pairs and there are none: set corpus.holdout_fraction or"
@@ -149,30 +173,70 @@ def check_training(config: "Config") -> None:
     Raises:
         ConfigError: Says what to change.
     """
-    check_options(config.train.model_dump())
+    train = config.train.model_dump()
+    check_options(train)
+    if train["trl"]:
+        _check_values(train)
     if config.model.dtype == "float16":
         raise ConfigError(
             "model.dtype is float16, which is for scoring alone: training computes in bfloat16 or"
             " float32, and the stored sums would not be the policy's; set one of those"
         )
-    check_quantization(config.score.quantization, config.train.peft)
+    check_quantization(config.score.quantization, train)
+    _check_embedding(config)
     if config.train.eval_steps and not (
         config.corpus.holdout_fraction or any(source.holdout for source in config.corpus.sources)
     ):
         raise ConfigError(NO_HOLDOUT)
 
 
-def check_quantization(quantization: str | None, peft: dict[str, Any] | None) -> None:
-    """Refuse a quantised base without LoRA.
+def check_quantization(quantization: str | None, train: dict[str, Any]) -> None:
+    """Refuse a quantised base without LoRA, or under ZeRO-3.
+
+    Args:
+        quantization: `score.quantization`.
+        train: `TrainConfig.model_dump()`.
 
     Raises:
-        ConfigError: Says what to add.
+        ConfigError: Says what to change.
     """
-    if quantization and not peft:
+    if quantization and not train["peft"]:
         raise ConfigError(
             f"score.quantization is {quantization} but train.peft is not set: quantised weights"
             " cannot be trained; add e.g. train.peft: {r: 16}, or score unquantised"
         )
+    if quantization and zero_stage(train["deepspeed"]) == 3:
+        raise ConfigError(
+            f"score.quantization is {quantization} and train.deepspeed is ZeRO-3, which does not"
+            " partition quantised weights; set train.deepspeed: zero2, or score unquantised"
+        )
+
+
+def _check_embedding(config: "Config") -> None:
+    """Refuse an adapter on tied embeddings, where the model's config can be read from here.
+
+    The worker looks at the model itself, whatever its layers are called.
+    """
+    peft = config.train.peft or {}
+    targets = peft.get("target_modules") or ()
+    if isinstance(targets, str):
+        adapted = re.fullmatch(targets, f"model.{_EMBEDDINGS[0]}") is not None
+    else:
+        adapted = any(target.rpartition(".")[2] in _EMBEDDINGS for target in targets)
+    if not adapted and not peft.get("trainable_token_indices"):
+        return
+    from transformers import AutoConfig
+
+    try:
+        model = AutoConfig.from_pretrained(
+            config.model.model_name_or_path,
+            revision=config.model.revision,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError, ImportError):
+        return
+    if all(getattr(c, "tie_word_embeddings", False) for c in (model, model.get_text_config())):
+        raise ConfigError(TIED_EMBEDDING)
 
 
 def check_options(train: dict[str, Any]) -> None:
@@ -194,10 +258,17 @@ def check_options(train: dict[str, Any]) -> None:
         )
     check_report_to(train["report_to"], installed=False)
     peft_config(train["peft"])
-    if isinstance(train["deepspeed"], str):
-        deepspeed_config(train["deepspeed"], device="cpu", bf16=False)
+    _check_deepspeed(train)
     if train["trl"]:
         _check_trl(train)
+
+
+def _check_deepspeed(train: dict[str, Any]) -> None:
+    """Refuse a preset or a DeepSpeed config that could not hold, whatever scored."""
+    deepspeed, bf16 = train["deepspeed"], train["bf16"]
+    if bf16 is None and isinstance(deepspeed, dict):  # the scores decide it
+        bf16 = dict(deepspeed.get("bf16") or {}).get("enabled") is True
+    deepspeed_config(deepspeed, device="cpu", bf16=bool(bf16))
 
 
 def _check_loss(train: dict[str, Any]) -> None:
@@ -226,6 +297,22 @@ def _check_loss(train: dict[str, Any]) -> None:
             f"train.trl.loss_weights has {len(weights)} values and train.loss_type {len(names)};"
             " give one each"
         )
+    divergence = train["trl"].get("f_divergence_type", DIVERGENCES[0])
+    if divergence not in DIVERGENCES:
+        raise ConfigError(
+            f"train.trl.f_divergence_type: {divergence!r} is not a divergence of TRL's DPOTrainer"
+            f"{nearest(str(divergence), DIVERGENCES)}"
+        )
+    if divergence != DIVERGENCES[0] and not set(names) <= set(DIVERGENT_LOSSES):
+        raise ConfigError(
+            f"train.trl.f_divergence_type is {divergence}, which train.loss_type"
+            f" {train['loss_type']} does not take; take one of {', '.join(DIVERGENT_LOSSES)}"
+        )
+    if train["trl"].get("use_weighting") and set(names) & set(_SORTING):
+        raise ConfigError(
+            f"train.trl.use_weighting weighs each pair, and train.loss_type {train['loss_type']}"
+            " sorts them; take another loss"
+        )
 
 
 def _check_trl(train: dict[str, Any]) -> None:
@@ -247,6 +334,25 @@ def _check_trl(train: dict[str, Any]) -> None:
         )
     if train["trl"].get("eval_on_start") and not train["eval_steps"]:
         raise ConfigError("train.trl.eval_on_start measures the holdout; set train.eval_steps")
+
+
+def _check_values(train: dict[str, Any]) -> None:
+    """Refuse values of `train.trl` that DPOConfig refuses wherever it is made."""
+    import torch
+    from trl import DPOConfig
+
+    from refscale.training.options import dpo_arguments  # which imports this module
+
+    class Arguments(DPOConfig):  # type: ignore[misc]
+        # Else accelerate's state of this process would be made anew.
+        _setup_devices = torch.device("cpu")
+
+    known = {**train, "deepspeed": None, "report_to": []}
+    arguments = dpo_arguments(known, output_dir=".", device="cpu", bf16=False, max_length=1)
+    try:
+        Arguments(**{**arguments, "tf32": None})  # which the worker's device has or has not
+    except (ValueError, TypeError, NotImplementedError) as exc:
+        raise ConfigError(f"train.trl cannot be used: {' '.join(str(exc).split())[:300]}") from exc
 
 
 def _check_schedule(train: dict[str, Any]) -> None:

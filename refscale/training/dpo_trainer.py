@@ -20,6 +20,7 @@ from torch.utils.data import Sampler, SequentialSampler
 from trl import DPOTrainer
 
 from refscale.errors import TrainingError
+from refscale.scoring.flops import Flops
 from refscale.training import packed_dpo
 from refscale.training.data import check_columns, pair_tokens
 from refscale.training.token_batches import TokenBudgetSampler
@@ -216,21 +217,14 @@ def useful_tokens(inputs: dict[str, Any]) -> torch.Tensor:
 def training_flops(model: Any) -> tuple[float, float]:
     """Operations, multiply and add apart, of a token in the layers and of a prediction in the head.
 
-    Two a weight forward and four backward; with LoRA two backward, since the base has no weight
-    gradients. Attention between tokens is left out, and so is recomputation, as MFU has it.
+    The forward's, counted as for scoring, and twice that backward; with LoRA once, since the base
+    has no weight gradients. Attention between tokens is left out, and so is recomputation, as MFU
+    has it.
     """
     lora = is_peft_model(model)
-    base = model.get_base_model() if lora else model
-    head = base.get_output_embeddings().weight
-    apart = {id(head), id(base.get_input_embeddings().weight)}
-    layers = sum(_size(p) for p in base.parameters() if id(p) not in apart)
-    each = 4.0 if lora else 6.0
-    return each * layers, each * _size(head)
-
-
-def _size(parameter: Any) -> int:
-    """Weights of a parameter, also where ZeRO-3 has partitioned it."""
-    return getattr(parameter, "ds_numel", parameter.numel())
+    forward = Flops.of(model.get_base_model() if lora else model)
+    passes = 2.0 if lora else 3.0
+    return passes * forward.per_token, passes * forward.per_head_row
 
 
 def peak_memory_gib() -> float:

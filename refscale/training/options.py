@@ -25,6 +25,7 @@ class WorkerSettings:
             adapter to `adapter/` in it.
         max_length: `encoding.max_length`: the longest prompt + completion in the selection.
         bf16: Compute in bfloat16, resolved; should equal what the scores were computed in.
+        scored_in_bf16: The scores were computed in bfloat16, so that they are only so exact.
         revision: Hub revision of the model.
         adapter: LoRA adapter merged into the reference model before training.
         attn_implementation: As `ModelConfig`.
@@ -45,6 +46,7 @@ class WorkerSettings:
     max_length: int
     holdout_files: list[str] = field(default_factory=list)
     bf16: bool = False
+    scored_in_bf16: bool = False
     revision: str | None = None
     adapter: str | None = None
     attn_implementation: str | None = None

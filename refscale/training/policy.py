@@ -24,9 +24,9 @@ import trl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOTrainer
 
-from refscale.errors import ModelError
+from refscale.errors import ConfigError, ModelError
 from refscale.scoring.loading import merge_adapter
-from refscale.training.checks import check_quantization
+from refscale.training.checks import TIED_EMBEDDING, check_quantization
 from refscale.training.options import WorkerSettings
 from refscale.training.presets import Device
 
@@ -35,11 +35,11 @@ def load_policy(settings: WorkerSettings, device: Device) -> tuple[Any, Any]:
     """The model to train and its tokenizer.
 
     Raises:
-        ConfigError: A quantised base without LoRA.
+        ConfigError: A quantised base without LoRA, or under ZeRO-3.
         ModelError: They cannot be loaded.
     """
     train = settings.train
-    check_quantization(settings.quantization, train["peft"])
+    check_quantization(settings.quantization, train)
     half = settings.bf16 and bool(train["deepspeed"] or train["peft"])
     hub = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     kwargs: dict[str, Any] = {
@@ -72,6 +72,35 @@ def load_policy(settings: WorkerSettings, device: Device) -> tuple[Any, Any]:
     if settings.chat_template:
         tokenizer.chat_template = Path(settings.chat_template).read_text(encoding="utf-8")
     return model, tokenizer
+
+
+def check_adapter(model: Any) -> None:
+    """Refuse an adapter that would be merged into another policy than the trained one, or not.
+
+    Args:
+        model: The policy with its adapter, a PeftModel.
+
+    Raises:
+        ConfigError: It is on an embedding that the output head shares, or has biases for layers
+            without any.
+    """
+    from peft.tuners.lora import LoraLayer
+    from peft.utils import TrainableTokensWrapper
+
+    base = model.get_base_model()
+    ends = base.get_input_embeddings(), base.get_output_embeddings()
+    first, last = ({id(p) for p in end.parameters()} for end in ends)
+    # What modules_to_save names is a copy of its own, which leaves the other end as it was.
+    if first & last and any(isinstance(end, (LoraLayer, TrainableTokensWrapper)) for end in ends):
+        raise ConfigError(TIED_EMBEDDING)
+    for name, layer in base.named_modules():
+        if not isinstance(layer, LoraLayer) or not any(layer.lora_bias.values()):
+            continue
+        if getattr(layer.get_base_layer(), "bias", None) is None:
+            raise ConfigError(
+                f"train.peft.lora_bias gives {name} a bias, which its layer has no place for when"
+                " the adapter is merged; leave it out"
+            )
 
 
 @contextlib.contextmanager

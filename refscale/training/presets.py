@@ -44,8 +44,8 @@ def deepspeed_config(
         bf16: Compute in bfloat16.
 
     Raises:
-        ConfigError: The preset is unknown, or the dict asks for float16 or another precision than
-            `bf16`.
+        ConfigError: The preset is unknown, or the dict asks for float16, for another precision than
+            `bf16`, or to leave partitioned weights ungathered.
     """
     if preset is None:
         return None
@@ -74,7 +74,8 @@ def deepspeed_config(
             if name == "zero3":
                 zero["offload_param"] = dict(target)
         return {**base, "zero_optimization": zero}
-    if dict(preset.get("fp16") or {}).get("enabled"):
+    fp16 = dict(preset.get("fp16") or {})
+    if fp16.get("enabled") not in (None, False, "auto"):
         raise ConfigError("train.deepspeed.fp16.enabled is true; use train.bf16 or float32")
     asked = dict(preset.get("bf16") or {}).get("enabled", bf16)
     if asked != "auto" and bool(asked) != bf16:
@@ -84,10 +85,25 @@ def deepspeed_config(
         )
     config: dict[str, Any] = json.loads(json.dumps({**base, **preset}))
     config["bf16"] = {**dict(preset.get("bf16") or {}), "enabled": bf16}
+    if fp16:
+        config["fp16"]["enabled"] = False
     zero = config.setdefault("zero_optimization", {"stage": 0})
-    if zero.get("stage") == 3:  # else the policy could not be saved
-        zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)
+    if zero_stage(preset) == 3:
+        gather = "stage3_gather_16bit_weights_on_model_save"
+        if not zero.get(gather, True):
+            raise ConfigError(
+                f"train.deepspeed.zero_optimization.{gather} is {zero[gather]}: the policy could"
+                " not be saved after its training; set it to true"
+            )
+        zero[gather] = True
     return config
+
+
+def zero_stage(preset: str | dict[str, Any] | None) -> int:
+    """The ZeRO stage of a known preset or a DeepSpeed config; 0 where nothing is partitioned."""
+    if isinstance(preset, str):
+        return int(_ZERO_PRESETS[preset.removesuffix("_offload")]["stage"])
+    return int(((preset or {}).get("zero_optimization") or {}).get("stage", 0))
 
 
 def peft_config(fields: dict[str, Any] | None) -> Any:
@@ -95,7 +111,8 @@ def peft_config(fields: dict[str, Any] | None) -> Any:
 
     Raises:
         ConfigError: A field that LoraConfig does not have (the nearest is named), a value that it
-            refuses, or an adapter on the output head, which TRL's fused head would not train.
+            refuses, an adapter on the output head, which TRL's fused head would not train, or what
+            would train another model than the one that is saved.
     """
     if not fields:
         return None
@@ -105,6 +122,23 @@ def peft_config(fields: dict[str, Any] | None) -> Any:
     for key in fields:
         if key not in known:
             raise ConfigError(f"unknown key train.peft.{key}{nearest(key, sorted(known))}")
+    if fields.get("lora_dropout"):
+        raise ConfigError(
+            f"train.peft.lora_dropout is {fields['lora_dropout']}: the stored sums are without"
+            " dropout, so step 0 would not match them; leave it out"
+        )
+    init = fields.get("init_lora_weights")
+    if str(init).startswith("pissa_niter_"):
+        # peft 0.21 subtracts a randomised SVD from the base, and another one when it loads it.
+        raise ConfigError(
+            f"train.peft.init_lora_weights is {init}, whose random start is drawn anew when the"
+            " adapter is merged, so the policy would not be the trained one; use pissa"
+        )
+    if fields.get("ensure_weight_tying"):
+        raise ConfigError(
+            "train.peft.ensure_weight_tying ties the output head to what is trained of the input"
+            " embedding: such a head is either not trained or not saved; leave it out"
+        )
     targets = fields.get("target_modules") or ()
     if "lm_head" in ([targets] if isinstance(targets, str) else targets):
         raise ConfigError(

@@ -5,6 +5,8 @@ or a refusal that names the pair, both values and the likely cause. Costs a forw
 micro-batches on every rank. What it gives up: pairs outside the sample are not looked at.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,45 +69,61 @@ class _Sums:
     budget: np.ndarray
 
 
-def _sample_sums(trainer: DPOTrainer, model: Any, num_pairs: int, *, packed: bool) -> _Sums:
+def _sample_sums(
+    trainer: DPOTrainer, model: Any, num_pairs: int, *, packed: bool, bf16: bool
+) -> _Sums:
     """Forward pairs spread evenly over the dataset, the same on every rank.
 
     Through the wrapped model, so that partitioned (ZeRO-3) weights are gathered as in training, and
-    in micro-batches of training, so that memory suffices where training's does.
+    in micro-batches of training or, with a token budget, pair by pair, so that memory suffices
+    where training's does.
     """
     dataset = trainer.train_dataset
     rows = np.unique(np.linspace(0, len(dataset) - 1, num_pairs).astype(int)).tolist()
-    step = trainer.args.per_device_train_batch_size
+    budgeted = getattr(trainer, "token_budget", None) is not None
+    step = 1 if budgeted else trainer.args.per_device_train_batch_size
     stored, policy, tokens = [], [], []
-    training = model.training
-    model.eval()
-    for begin in range(0, len(rows), step):
-        examples = [dataset[row] for row in rows[begin : begin + step]]
-        batch = trainer._prepare_inputs(trainer.data_collator(examples))
-        if not packed:
-            batch.pop("pack", None)
-        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-        kwargs = {k: v for k, v in batch.items() if k not in ("completion_mask", *REF_COLUMNS)}
-        with torch.no_grad(), trainer.compute_loss_context_manager():
-            outputs = model(**kwargs, labels=labels, fused_lm_head=True, use_cache=False)
-        counts = batch["completion_mask"][:, 1:].sum(dim=1)
-        sums = outputs.log_probs.float().sum(dim=1)
-        policy.append(torch.stack(sums.chunk(2), dim=1).cpu().numpy())
-        tokens.append(torch.stack(counts.chunk(2), dim=1).cpu().numpy())
-        stored.append(torch.stack([batch[c] for c in REF_COLUMNS], dim=1).cpu().numpy())
-    model.train(training)
+    with _evaluating(model):
+        for begin in range(0, len(rows), step):
+            examples = [dataset[row] for row in rows[begin : begin + step]]
+            batch = trainer._prepare_inputs(trainer.data_collator(examples))
+            if not packed:
+                batch.pop("pack", None)
+            labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+            kwargs = {k: v for k, v in batch.items() if k not in ("completion_mask", *REF_COLUMNS)}
+            with torch.no_grad(), trainer.compute_loss_context_manager():
+                outputs = model(**kwargs, labels=labels, fused_lm_head=True, use_cache=False)
+            counts = batch["completion_mask"][:, 1:].sum(dim=1)
+            sums = outputs.log_probs.float().sum(dim=1)
+            policy.append(torch.stack(sums.chunk(2), dim=1).cpu().numpy())
+            tokens.append(torch.stack(counts.chunk(2), dim=1).cpu().numpy())
+            stored.append(torch.stack([batch[c] for c in REF_COLUMNS], dim=1).cpu().numpy())
     stored_P2 = np.concatenate(stored)
-    budget = logps_budget(stored_P2, np.concatenate(tokens), bf16=trainer.args.bf16)
+    budget = logps_budget(stored_P2, np.concatenate(tokens), bf16=bf16)
     return _Sums(rows, stored_P2, np.concatenate(policy), budget)
 
 
-def start_check(trainer: DPOTrainer, model: Any, num_pairs: int) -> dict[str, float]:
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Within, in eval mode; back to what it was also where a forward is refused."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def start_check(
+    trainer: DPOTrainer, model: Any, num_pairs: int, *, scored_in_bf16: bool = False
+) -> dict[str, float]:
     """Compare the policy's sums with the stored ones before the first step.
 
     Args:
         trainer: The trainer, whose `train_dataset` holds the pairs.
         model: The wrapped model.
         num_pairs: Pairs compared; 0 skips the check.
+        scored_in_bf16: The stored sums were computed in bfloat16.
 
     Returns:
         start_check_pairs, start_check_max_difference (nats), start_check_loss (sigmoid DPO loss;
@@ -117,7 +135,8 @@ def start_check(trainer: DPOTrainer, model: Any, num_pairs: int) -> dict[str, fl
     if num_pairs == 0:
         return {}
     packed = getattr(trainer.data_collator, "packed", False)
-    sums = _sample_sums(trainer, model, num_pairs, packed=packed)
+    bf16 = trainer.args.bf16 or scored_in_bf16
+    sums = _sample_sums(trainer, model, num_pairs, packed=packed, bf16=bf16)
     difference = np.abs(sums.policy - sums.stored)
     outside = ~(difference <= sums.budget)
     if outside.any():
@@ -145,11 +164,12 @@ def packed_check(trainer: DPOTrainer, model: Any, num_pairs: int) -> str | None:
     A handful of pairs go through the packed and the padded path; every sum must agree within the
     dtype's budget. Collective, with the same answer on every rank.
     """
+    bf16 = trainer.args.bf16
     try:
-        packed = _sample_sums(trainer, model, num_pairs, packed=True)
-    except NotImplementedError as exc:
-        return str(exc)
-    padded = _sample_sums(trainer, model, num_pairs, packed=False)
+        packed = _sample_sums(trainer, model, num_pairs, packed=True, bf16=bf16)
+    except (NotImplementedError, ValueError) as exc:  # `packed_attention` refuses with the latter
+        return " ".join(str(exc).split())
+    padded = _sample_sums(trainer, model, num_pairs, packed=False, bf16=bf16)
     difference = np.abs(packed.policy - padded.policy)
     if (difference <= packed.budget).all():
         return None

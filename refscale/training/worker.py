@@ -37,6 +37,7 @@ if not torch.cuda.is_available():
 
 import datasets
 from transformers import TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 from trl import DPOConfig
@@ -47,7 +48,7 @@ from refscale.training.checkpoints import CHECKPOINT_FILE, check_checkpoint, che
 from refscale.training.data import easy_to_hard, load_selection, pair_tokens
 from refscale.training.dpo_trainer import PrecomputedDPOTrainer, peak_memory_gib
 from refscale.training.options import WorkerSettings, dpo_arguments
-from refscale.training.policy import load_policy, model_card, save_policy
+from refscale.training.policy import check_adapter, load_policy, model_card, save_policy
 from refscale.training.presets import Device, peft_config
 from refscale.training.start_check import packed_check, positions_check, start_check
 
@@ -107,6 +108,10 @@ def run_worker(
     sequential = settings.train["order"] == "easy_to_hard"
     if sequential:
         dataset = easy_to_hard(dataset, settings.easiest)
+    budget = settings.train["token_budget"]
+    if holdout is not None and budget and "per_device_eval_batch_size" not in settings.train["trl"]:
+        longest = int(pair_tokens(holdout, padded=True).max())
+        arguments["per_device_eval_batch_size"] = max(1, budget // longest)
     reporter = _Reporter(settings, on_log, on_save)
     trainer: PrecomputedDPOTrainer | None = None
     try:
@@ -136,10 +141,14 @@ def run_worker(
                 callbacks=[reporter],
                 sequential=sequential,
                 packed=reporter.path_reason is None,
-                token_budget=settings.train["token_budget"],
+                token_budget=budget,
             )
         trainer.remove_callback(PrinterCallback)
+        if settings.train["peft"]:
+            check_adapter(trainer.model)
         reporter.trainer = trainer
+        if budget:
+            reporter.choose_path_early()
         metrics = _train(trainer, resume_from)
         metrics["policy_step"] = metrics["steps"]
         if settings.train["load_best_model_at_end"]:
@@ -222,21 +231,47 @@ class _Reporter(TrainerCallback):  # type: ignore[misc]
         self.start: dict[str, float] = {}
         self.latest: dict[str, Any] = {}
         self.path_reason: str | None = None  # why steps are padded; None while they are packed
+        self.path_chosen = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.trainer is not None, "the trainer is attached before train()"
         if state.global_step >= state.max_steps:
             raise _AlreadyTrained
-        self._choose_path()
+        if not self.path_chosen:
+            self._choose_path()
+            if self.settings.train["token_budget"] and self.path_reason:
+                raise TrainingError(
+                    f"train.token_budget has planned packed micro-batches, but {self.path_reason};"
+                    " set train.packed: off"
+                )
         if state.global_step == 0:  # a resumed policy has left the reference
             self.start = start_check(
-                self.trainer, self.trainer.model_wrapped, self.settings.train["start_check_pairs"]
+                self.trainer,
+                self.trainer.model_wrapped,
+                self.settings.train["start_check_pairs"],
+                scored_in_bf16=self.settings.scored_in_bf16,
             )
         self.trainer.restart_clock()
+
+    def choose_path_early(self) -> None:
+        """Choose the path before train(), which plans a token budget's micro-batches by it.
+
+        Not where the model has no whole weights before that: ZeRO-3 gathers them in its engine.
+        """
+        assert self.trainer is not None, "the trainer is attached before train()"
+        if self.path_reason is None:
+            if is_deepspeed_zero3_enabled():
+                return
+            if self.trainer.is_deepspeed_enabled and not self.settings.quantization:
+                # Its engine would place the model in a moment.
+                self.trainer.model.to(self.trainer.args.device)
+        with self.trainer.accelerator.autocast():  # which train() puts into the model
+            self._choose_path()
 
     def _choose_path(self) -> None:
         """Keep packed steps where they are exact for this model, and say which are taken."""
         assert self.trainer is not None, "the trainer is attached before train()"
+        self.path_chosen = True
         collator = self.trainer.data_collator
         if self.path_reason is None and isinstance(collator, packed_dpo.PackedCollator):
             pairs = max(self.settings.train["start_check_pairs"], 2)

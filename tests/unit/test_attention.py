@@ -93,6 +93,29 @@ def test_heads_of_other_sizes_are_padded_to_what_varlen_attention_takes(monkeypa
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=2e-6)
 
 
+def test_autocast_reaches_the_kernel_as_it_does_sdpa(monkeypatch):
+    # Under it, layers with float32 weights rotate queries and keys back to float32.
+    segments = make_segments()
+    query, key, value = tensors(segments)
+    seen, half = [], []
+
+    def varlen(query, key, value, *args, **kwargs):
+        seen.append({query.dtype, key.dtype, value.dtype})
+        return varlen_by_segment(query, key, value, *args, **kwargs)
+
+    with layout(Layout(segments)), torch.autocast("cpu", torch.bfloat16):
+        batches, _ = packed_attention(None, query, key, value.bfloat16(), None)
+        monkeypatch.setattr(attention, "_no_varlen", lambda query, *_: half.append(query.dtype))
+        monkeypatch.setattr(attention, "varlen_attn", varlen)
+        found, _ = packed_attention(None, query, key, value.bfloat16(), None)
+    assert seen == [{torch.bfloat16}] and half == [torch.bfloat16]
+    assert found.dtype == batches.dtype == torch.bfloat16
+    truth = dense(query, key, value, segments, scale=query.shape[-1] ** -0.5)
+    # Rounded to 8 bits of mantissa: 2^-9 of values up to about 3, on the way in and out.
+    for output in (found, batches):
+        torch.testing.assert_close(output.double(), truth, rtol=0, atol=3e-2)
+
+
 class Tensor:
     is_cuda, device = True, torch.device("cuda")
 

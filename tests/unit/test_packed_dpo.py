@@ -25,6 +25,8 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -39,6 +41,7 @@ from transformers import (
 from trl.trainer.utils import add_fused_lm_head
 
 from refscale.errors import TrainingError
+from refscale.scoring import attention
 from refscale.training import packed_dpo
 from refscale.training.packed_dpo import PackedCollator, install, pack_pairs, refusal
 
@@ -261,6 +264,21 @@ def test_packed_training_equals_padded_training(settings: Any, tmp_path: Path) -
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
 
 
+def test_under_autocast_layers_attend_in_bfloat16(
+    settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set()
+
+    def record(query: torch.Tensor, value: torch.Tensor, softcap: Any) -> str:
+        seen.add((query.dtype, value.dtype))
+        return "recorded"
+
+    monkeypatch.setattr(attention, "_no_varlen", record)
+    asked = changed(settings, packed="on", max_steps=1)
+    run(dataclasses.replace(asked, bf16=True))  # weights are float32 without DeepSpeed
+    assert seen == {(torch.bfloat16, torch.bfloat16)}
+
+
 def test_lora_trains_packed(settings: Any) -> None:
     lora = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
     losses = []
@@ -278,6 +296,26 @@ def test_a_model_that_is_not_served_falls_back_with_the_reason(
     assert metrics["train_path"] == "padded: llama is not served today"
     with pytest.raises(TrainingError, match=r"train.packed is on, but llama is not served today"):
         run(changed(settings, packed="on"))
+
+
+def test_layers_that_ask_for_more_than_packs_serve_train_padded(
+    settings: Any, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    sinks = GptOssForCausalLM(
+        GptOssConfig(**SIZES, head_dim=8, num_local_experts=4, num_experts_per_tok=2)
+    ).eval()
+    folder = tmp_path / "gpt-oss"
+    sinks.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(settings.model_name_or_path).save_pretrained(folder)
+    asked = dataclasses.replace(
+        changed(settings, trl={"router_aux_loss_coef": 0.0}, max_steps=1),
+        model_name_or_path=str(folder),
+        selection_files=[write_selection(tmp_path / "g.parquet", selection_rows(sinks, 8))],
+    )
+    metrics, (log,) = run(asked)
+    assert "s_aux, which packs do not serve" in metrics["train_path"]
+    assert log["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
 def test_a_packed_path_that_is_wrong_is_found_out_and_not_taken(

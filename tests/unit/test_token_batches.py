@@ -1,14 +1,19 @@
 """Micro-batches by token budget: within the budget, every pair once, alike on all ranks."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from test_training import changed, make_trainer, model_dir, rows, run, settings
 from transformers import AutoModelForCausalLM
 
+from refscale import schema
+from refscale.errors import TrainingError
 from refscale.training import worker
 from refscale.training.data import easy_to_hard, pair_tokens
 from refscale.training.dpo_trainer import PrecomputedDPOTrainer
@@ -116,6 +121,68 @@ def test_training_takes_every_pair_in_packs_within_the_budget(
     assert metrics["steps"] == len(RecordBatches.seen) == logs[-1]["step"]
 
 
+def test_steps_that_fall_back_to_padding_are_planned_for_it(
+    settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class RecordPadded(PrecomputedDPOTrainer):
+        def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+            assert "pack" not in inputs
+            sizes.append(inputs["input_ids"].shape)
+            return super()._compute_loss(model, inputs, return_outputs)
+
+    sizes: list[tuple[int, int]] = []
+    monkeypatch.setattr(worker, "PrecomputedDPOTrainer", RecordPadded)
+    monkeypatch.setattr(worker, "packed_check", lambda *_: "packs are wrong today")
+    metrics, _ = run(budgeted(settings, 80, max_steps=-1, num_train_epochs=1))
+    assert metrics["train_path"] == "padded: packs are wrong today"
+    assert sum(rows for rows, _ in sizes) == 2 * 24
+    assert max(rows * width for rows, width in sizes) <= 80
+
+
+def test_a_fallback_that_is_known_too_late_is_refused(
+    settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr(worker, "packed_check", lambda *_: "packs are wrong today")
+    with pytest.raises(TrainingError, match=r"packs are wrong today; set train\.packed: off"):
+        run(budgeted(settings, 80))
+
+
+def test_checks_and_the_holdout_stay_within_the_budget(
+    settings: Any, rows: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class RecordForwards(PrecomputedDPOTrainer):
+        def _prepare_inputs(self, inputs: Any) -> Any:
+            shapes.append(tuple(inputs["input_ids"].shape))
+            return super()._prepare_inputs(inputs)
+
+    shapes: list[tuple[int, int]] = []
+    holdout = tmp_path / "holdout.parquet"
+    pq.write_table(pa.Table.from_pylist(rows[16:], schema=schema.HELD_OUT), holdout)
+    monkeypatch.setattr(worker, "PrecomputedDPOTrainer", RecordForwards)
+    changes = {"max_steps": 1, "eval_steps": 1, "save_steps": 1, "per_device_train_batch_size": 24}
+    longest = 2 * max(
+        len(row["prompt_ids"] + row[f"{side}_ids"])
+        for row in rows[16:]
+        for side in ("chosen", "rejected")
+    )
+    asked = dataclasses.replace(
+        budgeted(settings, 2 * longest, **changes), holdout_files=[str(holdout)]
+    )
+    run(asked)
+    # Packed and padded sums of 8 pairs, and the start check's, one by one; a step; the holdout.
+    checked, held = shapes[:24], shapes[-4:]
+    assert {rows for rows, _ in checked} == {2}
+    assert [rows for rows, _ in held] == [4] * 4
+    assert len(shapes) == 24 + 1 + 4
+    assert max(rows * width for rows, width in held) <= 2 * longest
+    # Who asks for a size gets it.
+    asked.train["trl"] = {"per_device_eval_batch_size": 8}
+    shapes.clear()
+    run(asked)
+    assert shapes[-1][0] == 16
+
+
 def test_an_optimizer_step_is_the_mean_over_its_pairs(settings: Any) -> None:
     """Two uneven micro-batches give the gradients of one batch with all their pairs."""
     trainer = make_trainer(settings)
@@ -148,8 +215,6 @@ def test_an_optimizer_step_is_the_mean_over_its_pairs(settings: Any) -> None:
 def test_resume_in_a_later_epoch_ends_with_the_same_weights(
     settings: Any, tmp_path: Path, order: str
 ) -> None:
-    import dataclasses
-
     whole = budgeted(settings, 150, max_steps=9, save_steps=5, save_total_limit=3, order=order)
     folders: list[str] = []
     _, logs = run(whole, on_save=lambda folder, metrics: folders.append(folder))

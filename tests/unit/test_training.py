@@ -6,6 +6,7 @@ import functools
 import inspect
 import json
 import math
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedTokenizerFast,
 )
 from trl import DPOConfig, DPOTrainer
@@ -30,9 +33,10 @@ from trl import DPOConfig, DPOTrainer
 from refscale import schema
 from refscale.config import TrainConfig
 from refscale.errors import ConfigError, ModelError, TrainingError
+from refscale.scoring.flops import num_weights
 from refscale.training import worker
 from refscale.training.checkpoints import CHECKPOINT_FILE, check_checkpoint, checkpoint_record
-from refscale.training.checks import LOSS_TYPES
+from refscale.training.checks import DIVERGENCES, DIVERGENT_LOSSES, LOSS_TYPES
 from refscale.training.data import REF_COLUMNS, load_selection
 from refscale.training.dpo_trainer import PrecomputedDPOTrainer, training_flops, useful_tokens
 from refscale.training.options import dpo_arguments
@@ -45,7 +49,7 @@ VOCAB = 64
 LN2 = math.log(2)
 
 
-def save_tiny_llama(folder: Path, seed: int = 0) -> None:
+def save_tiny_llama(folder: Path, seed: int = 0, **changes: Any) -> None:
     """Two layers, grouped-query attention; weights large enough that log-probs are not uniform."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -59,6 +63,7 @@ def save_tiny_llama(folder: Path, seed: int = 0) -> None:
         pad_token_id=0,
         eos_token_id=1,
         bos_token_id=2,
+        **changes,
     )
     model = LlamaForCausalLM(config)
     with torch.no_grad():
@@ -296,6 +301,23 @@ def test_losses_of_trl_are_all_known(settings: WorkerSettings) -> None:
     assert sorted(listed.strip("]").replace("'", "").split(", ")) == sorted(LOSS_TYPES)
 
 
+def test_divergences_of_trl_and_the_losses_that_take_them_are_all_known(
+    settings: WorkerSettings,
+) -> None:
+    with pytest.raises(ValueError, match="only supported for the following loss types") as raised:
+        make_trainer(settings, loss_type=["apo_zero"], f_divergence_type=DIVERGENCES[1])
+    listed = str(raised.value).partition("[")[2].partition("]")[0]
+    assert sorted(listed.replace("'", "").split(", ")) == sorted(DIVERGENT_LOSSES)
+    trainer = make_trainer(settings)
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    for name in DIVERGENCES:
+        trainer.f_divergence_type = name
+        assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(LN2, abs=1e-4)
+    trainer.f_divergence_type = "js"
+    with pytest.raises(ValueError, match="Unknown f_divergence_type"):
+        trainer.compute_loss(trainer.model, batch)
+
+
 def test_overridden_private_methods_are_still_trls() -> None:
     for name, parameters in {
         "_prepare_dataset": ["self", "dataset", "processing_class", "args", "dataset_name"],
@@ -396,6 +418,77 @@ def test_lora_starts_at_the_reference_and_merges_to_the_trained_policy(
     adapted = sums(adapter, row["prompt_ids"], row["chosen_ids"])
     assert abs(adapted - start) > 1e-2
     assert sums(merged, row["prompt_ids"], row["chosen_ids"]) == pytest.approx(adapted, abs=1e-3)
+
+
+@pytest.fixture
+def tied(settings: WorkerSettings, tmp_path: Path) -> WorkerSettings:
+    """Of a model whose output head is its input embedding."""
+    folder = tmp_path / "tied"
+    save_tiny_llama(folder, tie_word_embeddings=True)
+    rows = selection_rows(AutoModelForCausalLM.from_pretrained(folder), 12)
+    return dataclasses.replace(
+        settings,
+        model_name_or_path=str(folder),
+        selection_files=[write_selection(tmp_path / "tied.parquet", rows)],
+    )
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"modules_to_save": ["embed_tokens"]},
+        {"init_lora_weights": "pissa"},
+        {"use_dora": True},
+    ],
+    ids=str,
+)
+def test_the_merged_policy_is_the_model_that_was_trained(
+    tied: WorkerSettings, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
+) -> None:
+    trained: list[float] = []
+    save = worker.save_policy
+
+    def measure_and_save(trainer: DPOTrainer, *args: Any) -> None:
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(12)])
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+        ids = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            outputs = trainer.model(**ids, labels=labels, fused_lm_head=True, use_cache=False)
+        trained.extend(outputs.log_probs.sum(dim=1)[:12].tolist())
+        save(trainer, *args)
+
+    monkeypatch.setattr(worker, "save_policy", measure_and_save)
+    lora = {"r": 4, "target_modules": ["q_proj", "v_proj"], **more}
+    run(dataclasses.replace(tied, train=train_config(peft=lora, max_steps=6, learning_rate=1e-2)))
+    merged = AutoModelForCausalLM.from_pretrained(tied.policy_dir)
+    base = AutoModelForCausalLM.from_pretrained(tied.model_name_or_path)
+    pairs = load_selection(tied.selection_files, tied.cache_dir)
+    found, before = (
+        [sums(model, pair["prompt_ids"], pair["chosen_ids"]) for pair in pairs]
+        for model in (merged, base)
+    )
+    assert np.abs(np.subtract(found, before)).max() > 0.5
+    np.testing.assert_allclose(found, trained, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "output head shares"),
+        ({"target_modules": r".*\.(q_proj|embed_tokens)"}, "output head shares"),
+        ({"trainable_token_indices": [5, 6]}, "output head shares"),
+        ({"lora_bias": True}, r"gives model\.layers\.0\.self_attn\.q_proj a bias"),
+    ],
+)
+def test_an_adapter_that_would_merge_to_another_policy_is_refused_before_the_first_step(
+    tied: WorkerSettings, lora: dict[str, Any], message: str
+) -> None:
+    logs: list[dict[str, Any]] = []
+    asked = dataclasses.replace(tied, train=train_config(peft={"r": 4, **lora}))
+    with pytest.raises(ConfigError, match=message):
+        run_worker(asked, on_log=logs.append, on_save=lambda folder, metrics: None)
+    assert not logs
 
 
 # --- the holdout, measured while training
@@ -512,8 +605,8 @@ def test_each_log_holds_curves_speed_and_memory_also_for_tensorboard(
     # Both are counted over the same seconds: 12 pairs of the tokens that TRL counted.
     ratio = sum(log["tokens_per_s"] / log["pairs_per_s"] for log in logs) / 3
     assert ratio == pytest.approx(logs[-1]["num_tokens"] / 12, rel=0.5)
-    # 2 layers of (q and o: 32 x 32, k and v: 32 x 16, three of 32 x 48, two norms) and a norm.
-    layers = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32) + 32
+    # 2 layers of (q and o: 32 x 32, k and v: 32 x 16, three of 32 x 48).
+    layers = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
     assert training_flops(AutoModelForCausalLM.from_pretrained(settings.model_name_or_path)) == (
         6 * layers,
         6 * 32 * VOCAB,
@@ -527,6 +620,32 @@ def test_each_log_holds_curves_speed_and_memory_also_for_tensorboard(
     for name in names:
         values = [event.value for event in events.Scalars(f"train/{name}")]
         np.testing.assert_allclose(values, [log[name] for log in logs], rtol=1e-5)
+
+
+def test_operations_are_of_the_experts_that_a_token_takes_and_once_backward_with_lora() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    experts = {"num_local_experts": 8, "num_experts_per_tok": 2}
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=VOCAB, **sizes, **heads, **experts))
+    # A layer: q, k, v and o, the router of 8 experts, two experts of three matrices.
+    layers = 2 * (4 * 32 * 32 + 8 * 32 + 2 * 3 * 32 * 48)
+    assert training_flops(model) == (6 * layers, 6 * 32 * VOCAB)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"]))
+    added = 2 * 2 * 4 * 32
+    assert training_flops(adapted) == (4 * (layers + added), 4 * 32 * VOCAB)
+
+
+def test_weights_are_counted_whole_where_a_rank_or_a_byte_holds_parts_of_them() -> None:
+    plain = torch.nn.Parameter(torch.empty(6, 4))
+    assert num_weights(plain) == 24
+    partitioned = torch.nn.Parameter(torch.empty(0))
+    partitioned.ds_shape = torch.Size([6, 4])
+    assert num_weights(partitioned) == 24
+    packed = torch.nn.Parameter(torch.empty(12, 1, dtype=torch.uint8), requires_grad=False)
+    packed.quant_state = types.SimpleNamespace(shape=torch.Size([6, 4]))  # as bitsandbytes
+    assert num_weights(packed) == 24
 
 
 def test_useful_tokens_count_a_prompt_once(settings: WorkerSettings) -> None:
@@ -664,6 +783,19 @@ def test_the_start_check_names_the_pair_that_is_off(
     files = [write_selection(tmp_path / "wrong.parquet", wrong)]
     with pytest.raises(TrainingError, match=r"pair 0{32} has stored ref_rejected_logps"):
         run(dataclasses.replace(settings, selection_files=files))
+
+
+def test_scores_of_bfloat16_may_be_so_far_off_also_where_training_is_in_float32(
+    settings: WorkerSettings, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    # At most 13 tokens: 0.2 nats are out of float32's budget and within bfloat16's.
+    coarse = [{**row, "ref_chosen_logps": row["ref_chosen_logps"] + 0.2} for row in rows]
+    files = [write_selection(tmp_path / "coarse.parquet", coarse)]
+    asked = dataclasses.replace(settings, selection_files=files)
+    with pytest.raises(TrainingError, match="does not start at the reference"):
+        run(asked)
+    metrics, _ = run(dataclasses.replace(asked, scored_in_bf16=True))
+    assert metrics["start_check_max_difference"] == pytest.approx(0.2, abs=1e-3)
 
 
 def test_positions_that_a_long_neighbour_changes_are_refused() -> None:

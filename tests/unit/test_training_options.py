@@ -1,11 +1,14 @@
 """From the config to DPOConfig, DeepSpeed and LoRA: presets, and refusals with the reason."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import SchedulerType
+from accelerate.state import AcceleratorState, PartialState
+from transformers import LlamaConfig, SchedulerType
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOConfig
 
 from refscale import pipeline
@@ -15,7 +18,7 @@ from refscale.run import Run
 from refscale.storage.store import Store
 from refscale.training import checks
 from refscale.training.options import dpo_arguments
-from refscale.training.presets import deepspeed_config, peft_config
+from refscale.training.presets import deepspeed_config, peft_config, zero_stage
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
@@ -82,7 +85,46 @@ def test_options_that_cannot_hold_are_refused_with_the_reason(
         ({"train": {"trl": {"lr_scheduler_kwargs": {"cycles": 2}}}}, "argument 'cycles'"),
         ({"train": {"max_steps": 0}}, "must be at least 1, or -1"),
         ({"train": {"trl": {"lerning_rate": 1}}}, "unknown key train.trl.lerning_rate"),
+        ({"train": {"trl": {"f_divergence_type": "js_divergance"}}}, "did you mean js_divergence"),
+        (
+            {"train": {"loss_type": "apo_zero", "trl": {"f_divergence_type": "forward_kl"}}},
+            "which train.loss_type apo_zero does not take; take one of sigmoid",
+        ),
+        (
+            {"train": {"loss_type": "sigmoid,aot", "trl": {"use_weighting": True}}},
+            "train.loss_type sigmoid,aot sorts them",
+        ),
+        ({"train": {"trl": {"optim": "adamw_foo"}}}, "cannot be used: adamw_foo is not a valid"),
+        (
+            {"train": {"trl": {"accelerator_config": {"split_batch": True}}}},
+            "unexpected keyword argument 'split_batch'",
+        ),
+        ({"train": {"deepspeed": {"fp16": {"enabled": True}}}}, "fp16.enabled is true"),
+        (
+            {"train": {"bf16": False, "deepspeed": {"bf16": {"enabled": True}}}},
+            "bf16.enabled is True but training computes in float32",
+        ),
+        (
+            {
+                "train": {
+                    "deepspeed": {
+                        "zero_optimization": {
+                            "stage": 3,
+                            "stage3_gather_16bit_weights_on_model_save": False,
+                        }
+                    }
+                }
+            },
+            "could not be saved after its training; set it to true",
+        ),
         ({"train": {"peft": {"rank": 4}}}, "unknown key train.peft.rank"),
+        ({"train": {"peft": {"lora_dropout": 0.1}}}, "lora_dropout is 0.1: the stored sums"),
+        ({"train": {"peft": {"init_lora_weights": "pissa_niter_4"}}}, "drawn anew .* use pissa"),
+        ({"train": {"peft": {"ensure_weight_tying": True}}}, "not trained or not saved"),
+        (
+            {"score": {"quantization": "4bit"}, "train": {"peft": {"r": 4}, "deepspeed": "zero3"}},
+            "is ZeRO-3, which does not partition quantised weights; set train.deepspeed: zero2",
+        ),
         ({"train": {"report_to": ["wandbb"]}}, "did you mean wandb"),
         ({"model": {"dtype": "float16"}}, "model.dtype is float16"),
         ({"score": {"quantization": "4bit"}}, "quantised weights cannot be trained"),
@@ -101,6 +143,55 @@ def test_what_no_training_would_take_is_known_before_anything_is_scored(
     with pytest.raises(ConfigError, match=message):
         pipeline.run_stages(Run(Store(tmp_path / "run"), config))
     assert not (tmp_path / "run").exists()
+
+
+ADAPTED = [
+    {"target_modules": ["q_proj", "embed_tokens"]},
+    {"target_modules": r".*\.(q_proj|embed_tokens)"},
+    {"target_modules": ["q_proj"], "trainable_token_indices": [5, 6]},
+]
+
+
+@pytest.mark.parametrize("peft", ADAPTED, ids=["list", "pattern", "tokens"])
+def test_an_adapter_on_tied_embeddings_is_refused_where_the_models_config_can_be_read(
+    tmp_path: Path, peft: dict[str, Any]
+) -> None:
+    def config(folder: Path, peft: dict[str, Any]) -> Config:
+        return Config.model_validate(
+            {
+                "model": {"model_name_or_path": str(folder)},
+                "corpus": {"sources": [{"path": "absent.jsonl"}]},
+                "train": {"peft": peft},
+            }
+        )
+
+    for tied in (True, False):
+        LlamaConfig(tie_word_embeddings=tied).save_pretrained(tmp_path / str(tied))
+    with pytest.raises(ConfigError, match="whose weight this model's output head shares"):
+        checks.check_training(config(tmp_path / "True", peft))
+    checks.check_training(config(tmp_path / "False", peft))
+    checks.check_training(config(tmp_path / "absent", peft))  # a worker may have it
+    checks.check_training(config(tmp_path / "True", {"modules_to_save": ["embed_tokens"]}))
+    # A pattern that names the layer to leave it out.
+    checks.check_training(config(tmp_path / "True", {"target_modules": r"(?!.*embed_tokens).*"}))
+
+
+def test_values_are_checked_without_touching_this_process() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    environment = dict(os.environ)
+    train = TrainConfig.model_validate(
+        {"deepspeed": "zero3", "report_to": ["wandb"], "trl": {"tf32": True, "optim": "sgd"}}
+    )
+    config = Config.model_validate(
+        {
+            "model": {"model_name_or_path": "m"},
+            "corpus": {"sources": [{"path": "absent.jsonl"}]},
+            "train": train.model_dump(),
+        }
+    )
+    checks.check_training(config)
+    assert dict(os.environ) == environment and not PartialState._shared_state
+    assert not is_deepspeed_zero3_enabled()
 
 
 def test_schedules_are_those_of_transformers() -> None:
@@ -153,6 +244,27 @@ def test_presets_and_own_configs() -> None:
     assert config["gradient_clipping"] == 2.0
     assert config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
     assert own == {"zero_optimization": {"stage": 3}, "gradient_clipping": 2.0}
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_the_usual_template_of_deepspeed_takes_the_trainings_precision(bf16: bool) -> None:
+    template = {
+        "fp16": {"enabled": "auto", "loss_scale": 0},
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": "auto"},
+    }
+    config = deepspeed_config(template, device="cpu", bf16=bf16)
+    assert config is not None
+    assert config["fp16"] == {"enabled": False, "loss_scale": 0}
+    assert config["bf16"] == {"enabled": bf16}
+    # accelerate would make "auto" false.
+    assert config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
+
+
+def test_zero_stages_of_presets_and_own_configs() -> None:
+    assert zero_stage(None) == zero_stage({}) == zero_stage({"zero_optimization": {}}) == 0
+    assert zero_stage("zero2_offload") == 2
+    assert zero_stage("zero3") == zero_stage({"zero_optimization": {"stage": 3}}) == 3
 
 
 def test_lora_options() -> None:
