@@ -19,7 +19,7 @@ from refscale.cli_tools import ConfigPath, Debug, Overrides, RunDir, RunPath
 from refscale.config import Config, dump_config
 from refscale.config_file import load_config
 from refscale.errors import ConfigError, RefscaleError
-from refscale.progress import print_counts, say
+from refscale.progress import one_line, print_counts, say, visible
 from refscale.secrets import refuse_secrets
 from refscale.storage.locks import RunLock
 from refscale.storage.store import Store
@@ -54,18 +54,22 @@ def main(argv: list[str] | None = None) -> int:
         say("refscale: stopped; what is finished is kept, the same command resumes")
         return 130
     except RefscaleError as exc:
-        if "--debug" in arguments:
-            traceback.print_exc()
+        _show_traceback(arguments)
         say(f"refscale: {exc}")
         return exc.exit_code
     except Exception as exc:
-        if "--debug" in arguments:
-            traceback.print_exc()
+        _show_traceback(arguments)
         say(
             f"refscale: unexpected {type(exc).__name__}: {str(exc).strip().splitlines()[-1:]};"
             " this is a defect of refscale, --debug shows where"
         )
         return 1
+
+
+def _show_traceback(arguments: list[str]) -> None:
+    if "--debug" in arguments:
+        # The text of an exception may be a row's.
+        print(visible(traceback.format_exc()), file=sys.stderr, end="")
 
 
 def _terminated(_signal: int, _frame: Any) -> None:
@@ -136,7 +140,7 @@ def validate(config: ConfigPath, overrides: Overrides = None, debug: Debug = Fal
     check_training(loaded)
     funnel = validate_sources(loaded)
     for refusal in funnel.refusals:
-        print(refusal)
+        print(one_line(str(refusal)))
     for line in funnel.sources:
         say(line)
     print_counts("corpus", funnel.counts.as_funnel())
@@ -153,7 +157,7 @@ def status(run_dir: RunPath, debug: Debug = False) -> None:
     if not store.exists("config.yaml"):
         raise ConfigError(f"{store.uri} is not a run folder: it has no config.yaml")
     for line in status_lines(store):
-        print(line)
+        print(one_line(line))
 
 
 @config_app.command("schema")

@@ -2,8 +2,12 @@
 
 `ray job submit` and CI have no terminal: there one line every PLAIN_EVERY_S seconds is all that is
 printed. Everything goes to stderr, so that stdout stays free for results.
+
+What is said may hold text of the corpus, which is hostile: no control reaches the terminal, and
+nothing in it is markup.
 """
 
+import re
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -12,15 +16,34 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 PLAIN_EVERY_S = 5.0
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
+# Controls but tab and newline, and the marks that let text be shown in another order than it has.
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """Text with the controls that a terminal or browser would obey or swallow spelled out."""
+    return _UNSEEN.sub(lambda match: ascii(match[0])[1:-1], text.replace("\r\n", "\n"))
+
+
+def one_line(text: str) -> str:
+    """`visible`, with newlines spelled out too: a row cannot write a line of its own."""
+    return visible(text).replace("\n", "\\n")
+
+
+def literal(text: str, style: str = "") -> Text:
+    """`visible` for rich, which takes a bare string for markup and `:name:` for an emoji."""
+    return Text(visible(text), style)
+
 
 def say(message: str) -> None:
-    """One line to stderr. Markup in `message` is not interpreted."""
-    console.print(message, markup=False)
+    """A message to stderr, `literal`."""
+    console.print(literal(message))
 
 
 class StageProgress:
@@ -40,9 +63,9 @@ class StageProgress:
         self._live: Progress | None = None
         if console.is_terminal:
             self._live = Progress(
-                TextColumn("{task.fields[stage]:<9}"),
+                TextColumn("{task.fields[stage]:<9}", markup=False),
                 BarColumn(bar_width=30),
-                TextColumn("{task.fields[line]}"),
+                TextColumn("{task.fields[line]}", markup=False),
                 TimeElapsedColumn(),
                 console=console,
                 transient=True,
@@ -71,6 +94,7 @@ class StageProgress:
             line += f", {extra}"
         if self._total and rate and self._done < self._total:
             line += f", {_duration((self._total - self._done) / rate)} left"
+        line = one_line(line)
         if self._live:
             self._live.update(self._task, completed=self._done, line=line)
         elif now - self._printed >= PLAIN_EVERY_S or self._done == self._total:
@@ -79,12 +103,13 @@ class StageProgress:
 
 
 def print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
-    """A terse two-column table to stderr."""
-    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    """A terse two-column table to stderr; title and cells are `literal`."""
+    heading = literal(title, "table.title")
+    table = Table(title=heading, title_justify="left", show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
     for name, value in rows:
-        table.add_row(name, value)
+        table.add_row(literal(name), literal(value))
     console.print(table)
     sys.stderr.flush()
 

@@ -17,6 +17,7 @@ import yaml
 from markupsafe import Markup
 
 from refscale.corpus.pairs import REASONS
+from refscale.progress import visible
 from refscale.report import plots
 from refscale.report.values import ReportData, collect, report_json
 from refscale.report.verdict import Values
@@ -141,15 +142,6 @@ def estimate(value: Any, digits: int = 3) -> Markup:
 
 
 # -- text ------------------------------------------------------------------------------------------
-
-
-# Controls, and the marks that let text be shown in another order than it has.
-_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-
-
-def visible(text: str) -> str:
-    """Text with the controls that a browser would obey or swallow spelled out."""
-    return _UNSEEN.sub(lambda match: ascii(match[0])[1:-1], text.replace("\r\n", "\n"))
 
 
 _DECODER = json.JSONDecoder()

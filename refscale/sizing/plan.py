@@ -31,13 +31,17 @@ from refscale.sizing.lengths import Lengths, of_means, of_run, of_sources, read_
 from refscale.storage.store import Store
 
 _MOST_WORKERS = 1024
+# Of training's operations: measuring the holdout meanwhile is worth a note from here on.
+_MUCH_MEASURING = 0.2
 
 
 @dataclass(frozen=True)
 class Sizing:
     """The answer. `lines` is what the terminal shows, `as_dict` the same as JSON values.
 
-    `gpu_hours` and `hours` are by stage: of the GPUs that it uses, and of the clock.
+    `flops`, `gpu_hours` and `hours` are by stage: `gpu_hours` of the GPUs that it uses, `hours` of
+    the clock. With `train.eval_steps`, `measuring` is what training does on the holdout: it looks
+    `measurements` times at `measured_pairs` pairs, `measured_tokens` in all.
     """
 
     gpu: Gpu
@@ -57,6 +61,9 @@ class Sizing:
     workers_needed: dict[str, int | None]
     stage: str
     num_workers: int
+    measurements: int
+    measured_pairs: int
+    measured_tokens: float
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -95,6 +102,11 @@ class Sizing:
             found.append(("  of them trained", f"{self.model.trainable:,}"))
         for name, flops in self.flops.items():
             hours = f"{_hours(self.gpu_hours[name])} GPU hours, {_hours(self.hours[name])} h"
+            if name == "measuring":
+                hours += (
+                    f"; {self.measurements:,} times {self.measured_pairs:,} held-out pairs in"
+                    f" training, {self.measured_tokens:,.0f} tokens"
+                )
             found.append((name, f"{flops:.3g} FLOP, {hours}"))
         reserved, used = _hours(self.reserved_gpu_hours), _hours(sum(self.gpu_hours.values()))
         clock = _hours(sum(self.hours.values()))
@@ -162,16 +174,17 @@ def plan(
             f"a replica of {per_replica} GPUs works through its layers in turn: one GPU is busy"
             " at a time"
         )
-    kept, known = _kept(config, lengths)
-    if not known:
-        notes.append("select.threshold: how many pairs it keeps is not known; all are assumed")
-    work = _flops(config, shape, lengths, kept)
+    kept, kept_notes = _kept(config, lengths)
+    notes += kept_notes
+    steps, trained = _steps(config, lengths, kept)
+    held = min(lengths.holdout_pairs, config.evaluate.max_pairs or lengths.holdout_pairs)
+    measurements = _measurements(config, steps) if held else 0
+    work = _flops(config, shape, lengths, trained, held, measurements)
+    notes += _measuring_notes(config, work, held, measurements)
     per_hour = 3600 * peak
-    gpu_hours = {
-        "scoring": work["scoring"] * per_replica / (assumed.scoring_mfu * per_hour),
-        "training": work["training"] / (assumed.training_mfu * per_hour),
-        "evaluation": work["evaluation"] * per_replica / (assumed.scoring_mfu * per_hour),
-    }
+    rates = dict.fromkeys(("scoring", "evaluation"), assumed.scoring_mfu * per_hour / per_replica)
+    rates |= dict.fromkeys(("training", "measuring"), assumed.training_mfu * per_hour)
+    gpu_hours = {name: flops / rates[name] for name, flops in work.items()}
     workers = min(config.train.num_workers, count)
     if workers < config.train.num_workers:
         notes.append(f"train.num_workers is {config.train.num_workers}, there are {count} GPUs")
@@ -180,7 +193,7 @@ def plan(
             f"train.num_workers is {workers}: {count - workers} of {count} GPUs idle in training;"
             f" set train.num_workers: {count}, which makes a step's batch larger"
         )
-    used.update(training=workers, evaluation=used["scoring"])
+    used.update(training=workers, measuring=workers, evaluation=used["scoring"])
     itemsize = 2 if config.train.bf16 is not False and half else 4
 
     def training(stage: str, number: int) -> Memory:
@@ -214,6 +227,9 @@ def plan(
         workers_needed=needed,
         stage=stage,
         num_workers=workers,
+        measurements=measurements,
+        measured_pairs=held if measurements else 0,
+        measured_tokens=measurements * held * _tokens_in_training(config, lengths),
         notes=notes,
     )
 
@@ -269,17 +285,24 @@ def size_run(
     return plan(config, found, gpus=gpus, assumptions=assumed)
 
 
-def _kept(config: Config, lengths: Lengths) -> tuple[int, bool]:
-    """Pairs that the selection keeps of the training split, and whether that is certain."""
+def _kept(config: Config, lengths: Lengths) -> tuple[int, list[str]]:
+    """Pairs that the selection keeps of the training split, and what is not certain of it."""
     train = lengths.num_pairs - lengths.holdout_pairs
     select = config.select
     if select.count is not None:
-        return min(select.count, train), True
+        if not select.per_source:
+            return min(select.count, train), []
+        sources = sum(source.holdout is not True for source in config.corpus.sources)
+        note = (
+            f"select.count is {select.count:,} of each of {sources} source(s); select refuses it"
+            " where a source has fewer training pairs"
+        )
+        return min(select.count * sources, train), [note]
     if select.band is not None:
-        return round((select.band[1] - select.band[0]) * train), True
+        return round((select.band[1] - select.band[0]) * train), []
     if select.fraction is not None:
-        return round(select.fraction * train), True
-    return train, False
+        return round(select.fraction * train), []
+    return train, ["select.threshold: how many pairs it keeps is not known; all are assumed"]
 
 
 def _replica_notes(config: Config, count: int, fit: int, used: int) -> list[str]:
@@ -309,31 +332,74 @@ def _stage_note(stage: str, memories: dict[str, Memory], needed: int | None, wor
     )
 
 
-def _flops(config: Config, shape: ModelShape, lengths: Lengths, kept: int) -> dict[str, float]:
+def _measuring_notes(
+    config: Config, work: dict[str, float], held: int, measurements: int
+) -> list[str]:
+    """That the holdout is measured for more than a small share of training's work."""
+    share = work.get("measuring", 0.0) / work["training"] if work["training"] else 0.0
+    if share <= _MUCH_MEASURING:
+        return []
+    fewer = max(1, int(held * _MUCH_MEASURING / share))
+    return [
+        f"train.eval_steps is {config.train.eval_steps}: training measures {held:,} held-out pairs"
+        f" {measurements:,} time(s), {share:.0%} of its own operations; raise it, or set"
+        f" evaluate.max_pairs: {fewer}, which bounds the evaluation too"
+    ]
+
+
+def _tokens_in_training(config: Config, lengths: Lengths) -> float:
+    """Of a pair, on average, as training computes it; without sharing between pairs."""
+    padded = config.train.packed == "off"
+    return (lengths.padded_tokens if padded else lengths.useful_tokens) / lengths.num_pairs
+
+
+def _steps(config: Config, lengths: Lengths, kept: int) -> tuple[int, float]:
+    """Optimizer steps of the training, and the pairs that they take."""
+    train = config.train
+    batch = float(train.per_device_train_batch_size)
+    if train.token_budget:
+        batch = max(1.0, train.token_budget / _tokens_in_training(config, lengths))
+    batch *= train.gradient_accumulation_steps * train.num_workers
+    if train.max_steps > 0:
+        return train.max_steps, train.max_steps * batch
+    steps = math.ceil(train.num_train_epochs * math.ceil(kept / batch))
+    return steps, kept * train.num_train_epochs
+
+
+def _measurements(config: Config, steps: int) -> int:
+    """How often training measures the holdout: every eval_steps, and after the last step."""
+    every, trl = config.train.eval_steps, config.train.trl
+    if every is None or not steps:
+        return 0
+    delay = trl.get("eval_delay") or 0
+    measured = [step for step in (*range(every, steps, every), steps) if step >= delay]
+    return len(measured) + bool(trl.get("eval_on_start"))
+
+
+def _flops(
+    config: Config,
+    shape: ModelShape,
+    lengths: Lengths,
+    trained: float,
+    held: int,
+    measurements: int,
+) -> dict[str, float]:
     """Useful operations by stage; kept and held-out pairs are as long as all others."""
     scoring = shape.flops(lengths.computed_tokens, lengths.head_rows, lengths.context)
     pair = scoring / lengths.num_pairs
     if config.train.packed == "off":
         # Nothing shared: the prompt is computed once a side.
         pair *= lengths.padded_tokens / lengths.useful_tokens
-    trained = kept * config.train.num_train_epochs
-    if config.train.max_steps > 0:
-        batch = float(config.train.per_device_train_batch_size)
-        if config.train.token_budget:
-            # Without sharing between pairs, as the budget counts them.
-            padded = config.train.packed == "off"
-            tokens = lengths.padded_tokens if padded else lengths.useful_tokens
-            batch = max(1.0, config.train.token_budget * lengths.num_pairs / tokens)
-        batch *= config.train.gradient_accumulation_steps * config.train.num_workers
-        trained = config.train.max_steps * batch
     # Backward costs a forward for the inputs' gradients and one for the weights', which the frozen
     # ones of LoRA do not have; checkpointing costs one more; no reference pass at all.
     passes = 3 if shape.trainable == shape.parameters else 2
     passes += config.train.gradient_checkpointing
-    held = min(lengths.holdout_pairs, config.evaluate.max_pairs or lengths.holdout_pairs)
+    # A measurement is a forward of the policy alone.
+    measuring = {"measuring": measurements * held * pair} if measurements else {}
     return {
         "scoring": scoring,
         "training": trained * pair * passes,
+        **measuring,
         "evaluation": held * scoring / lengths.num_pairs,
     }
 

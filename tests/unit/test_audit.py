@@ -15,7 +15,7 @@ from refscale.storage.stages import StageFolder
 from refscale.storage.store import Store
 
 
-def make_run(folder, margins, *, shards=3, flipped=None, prompt="p", held=()):
+def make_run(folder, margins, *, shards=3, flipped=None, prompt="p", held=(), source="s"):
     """A run whose pair i has mean_margin margins[i]: 2 nats a token against 2 + margin."""
     store = Store(folder)
     corpus, scores = StageFolder(store, "corpus"), StageFolder(store, "scores")
@@ -24,7 +24,7 @@ def make_run(folder, margins, *, shards=3, flipped=None, prompt="p", held=()):
     records = {corpus: [], scores: []}
     for shard, rows in enumerate(np.array_split(np.arange(len(margins)), shards)):
         common = [
-            {"pair_id": int(i).to_bytes(16, "big"), "source": "s",
+            {"pair_id": int(i).to_bytes(16, "big"), "source": source,
              "split": schema.HOLDOUT if i in held else schema.TRAIN,
              "chosen_truncated": False, "rejected_truncated": False}
             for i in rows
@@ -127,3 +127,18 @@ def test_the_table_shows_texts_literally_and_the_last_message_of_a_chat(tmp_path
     shown = captured.get()
     assert "[red]" in shown.replace("\n", "") and "role" not in shown
     assert "prefers the rejected completion in 2 of 6 pairs (33.3%)" in " ".join(shown.split())
+
+
+def test_neither_text_nor_source_of_a_pair_can_drive_the_terminal(tmp_path):
+    hostile = "\x1b]0;mine\x07\x1b[2J\x9b1m\u202e[/b]"
+    chat = json.dumps([{"role": "user", "content": hostile}])
+    for number, prompt in enumerate((hostile, chat)):
+        store = make_run(tmp_path / str(number), np.arange(6) - 2.0, prompt=prompt, source=hostile)
+        result = audit(store, 3)
+        with console.capture() as captured:
+            print_audit(result)
+        shown = captured.get()
+        assert not set("\x07\x1b\x9b\u202e") & set(shown)
+        # Prompt and source of three pairs; cells are folded.
+        assert "".join(shown.split()).count("\\x07") > 0
+        assert hostile in result.pairs.to_pylist()[0]["source"]  # what is stored is what was given

@@ -12,6 +12,7 @@ import yaml
 from support import string_pairs, write_jsonl
 
 from refscale.cli import main
+from refscale.errors import ConfigError
 from refscale.storage.stages import StageFolder
 from refscale.storage.store import Store
 
@@ -92,6 +93,47 @@ def test_validate_prints_every_refusal_with_file_row_and_line(config, capsys):
     out = capsys.readouterr().out
     assert "pairs.jsonl, row 10 (line 11): identical_pair" in out
     assert "pairs.jsonl, row 11 (line 12): bad_json" in out
+
+
+def test_what_a_row_says_cannot_drive_the_terminal(config, capsys):
+    text = "\x1b]0;mine\x07\x1b[2J\x9b1m\u202e"
+    row = {"prompt": "p", "chosen": text, "rejected": text}
+    with (config.parent / "pairs.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    hostile = config.parent / "all is well\n\x1bc.jsonl"
+    (config.parent / "pairs.jsonl").rename(hostile)
+    sources = f"corpus.sources={json.dumps([{'path': str(hostile)}])}"
+    arguments = ["--set", sources, "--set", "corpus.max_bad_fraction=1"]
+    assert main(["validate", str(config), *arguments]) == 0
+    captured = capsys.readouterr()
+    [line] = captured.out.splitlines()
+    assert r"/all is well\n\x1bc.jsonl, row 10 (line 11): identical_pair: " in line
+    assert line.endswith(r"both sides are \x1b]0;mine\x07\x1b[2J\x9b1m\u202e")
+    # The line of the source names the file, too.
+    assert r"\x1bc: 1 file, shape" in captured.err
+    assert not set("\x07\x1b\x9b\u202e") & set(captured.out + captured.err)
+
+
+@pytest.mark.parametrize("debug", [[], ["--debug"]])
+@pytest.mark.parametrize("error", [ConfigError, ValueError])
+def test_an_error_that_quotes_a_row_cannot_drive_the_terminal(capsys, monkeypatch, error, debug):
+    def fail(*_args):
+        raise error("row 3: \x1b]0;mine\x07 [/b]")
+
+    monkeypatch.setattr("refscale.cli.load_config", fail)
+    assert main(["config", "show", "c.yaml", *debug]) == (2 if error is ConfigError else 1)
+    err = capsys.readouterr().err
+    said = r"row 3: \x1b]0;mine\x07 [/b]"
+    assert not set("\x07\x1b") & set(err) and said in err.splitlines()[-1]
+    traced = [line for line in err.splitlines() if line.endswith(f"{error.__name__}: {said}")]
+    assert len(traced) == len(debug)
+
+
+def test_status_of_a_strangers_run_cannot_drive_the_terminal(run, capsys):
+    path = Path(run.uri) / "scores/MANIFEST.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "finished": "now\n\x1b]0;mine\x07"}))
+    assert r"(finished now\n\x1b]0;mine\x07)" in status(run, capsys)[1]
 
 
 def test_validate_names_no_line_where_a_file_has_none(config, capsys):

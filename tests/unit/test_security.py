@@ -97,7 +97,7 @@ def test_a_model_that_is_a_pickle_is_refused_wherever_one_is_loaded(tmp_path, ti
     for load in _loaders(str(tmp_path), None):
         with pytest.raises(ModelError, match="cannot load"):
             load()
-    with pytest.raises(StorageError, match="holds no .*safetensors"):
+    with pytest.raises(StorageError, match=r"holds no .*safetensors"):
         model_fingerprint(str(tmp_path), None)
     assert not (tmp_path / "executed").exists()
 
@@ -113,7 +113,7 @@ def test_pickled_adapters_are_refused_wherever_one_is_merged(tiny_model, tmp_pat
     torch.save(weights, tmp_path / "adapter_model.bin")  # a loader that took it would not fail
     (tmp_path / "adapter_model.safetensors").unlink()
     for load in whole:
-        with pytest.raises(ModelError, match="has no adapter_model.safetensors"):
+        with pytest.raises(ModelError, match=r"has no adapter_model\.safetensors"):
             load()
 
 
@@ -313,3 +313,27 @@ def test_wrong_stages_are_refused_before_anything_is_sent(tmp_path):
         submission.submit("absent.yaml", str(tmp_path), stage="prepair")
     with pytest.raises(ConfigError, match="name it with --stage"):
         submission.submit("absent.yaml", str(tmp_path), restart=True)
+
+
+# -- what is printed -----------------------------------------------------------------------------
+
+
+def test_rich_is_given_no_bare_text():
+    """A string would be markup to it, and its controls would reach the terminal."""
+    seen = set()
+    for path in SOURCES:
+        for name, node in calls(path):
+            given = [ast.unparse(argument) for argument in node.args]
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            escaped = all(text.startswith(("literal(", "*map(literal, ")) for text in given)
+            where = f"{path.name}:{node.lineno}"
+            if name.endswith("console.print"):
+                assert given == ["table"] or escaped, where
+            elif name == "table.add_row":
+                assert escaped, where
+            elif name == "TextColumn":
+                assert keywords.get("markup") == "False", where
+            else:
+                continue
+            seen.add(name)
+    assert seen == {"console.print", "table.add_row", "TextColumn"}

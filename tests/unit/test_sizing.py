@@ -1,6 +1,7 @@
 """`refscale plan`: hand-derived figures of Llama-3.1-8B, and the engine's own count."""
 
 import json
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -10,6 +11,7 @@ from support import string_pairs, write_jsonl
 
 from refscale.config import parse_config
 from refscale.errors import ConfigError, ModelError
+from refscale.selection.order import SelectionSpec
 from refscale.sizing import footprint
 from refscale.sizing.footprint import Assumptions, model_shape, parse_gpus
 from refscale.sizing.lengths import of_means, of_pairs, of_run, of_sources, read_means
@@ -317,6 +319,100 @@ def test_a_token_budget_bounds_the_activations_of_training(llama, packed, budget
     row = 2 * 32 * (8 * 4096 + 2 * 128 * (32 + 8) + 4 * 14336)
     activations = memory.worker_memory["zero2"].parts["activations"]
     assert activations == pytest.approx(tokens * row / GIB)
+
+
+def test_measuring_the_holdout_while_training_is_work_of_its_own(llama):
+    lengths = of_means(1_000_000, 400, 300, 300, holdout_fraction=0.05)
+    shape = model_shape(make_config(llama))
+
+    def sized(train, **sections):
+        train = {"num_workers": 8, "per_device_train_batch_size": 8, **train}
+        assumed = Assumptions(training_mfu=0.5, price_per_gpu_hour=2.0)
+        return plan(
+            make_config(llama, train=train, **sections),
+            lengths,
+            gpus="8xH100",
+            assumptions=assumed,
+            model=shape,
+        )
+
+    without, sizing = sized({}), sized({"eval_steps": 100})
+    pair = sizing.flops["scoring"] / 1e6
+    # Half of 950,000 pairs in steps of 64 are 7,422 steps: measured after every 100th and the last.
+    assert (sizing.measurements, sizing.measured_pairs) == (75, 50_000)
+    assert sizing.flops["measuring"] == pytest.approx(75 * 50_000 * pair)  # a forward each
+    assert list(sizing.flops) == ["scoring", "training", "measuring", "evaluation"]
+    assert sizing.measured_tokens == 75 * 50_000 * 1000
+    hours = sizing.flops["measuring"] / (0.5 * 989e12) / 3600
+    assert sizing.gpu_hours["measuring"] == pytest.approx(hours)
+    assert sizing.hours["measuring"] == pytest.approx(hours / 8)
+    assert sizing.cost == pytest.approx(without.cost + 2 * hours)
+    line = dict(sizing.lines())["measuring"]
+    # 998 tokens, 600 head rows and 409,100 keys are 1.478e13 operations a pair.
+    assert line.startswith("5.54e+19 FLOP, 31.1 GPU hours, 3.89 h; 75 times 50,000 held-out pairs")
+    # 75 * 50,000 forwards beside 3 * 475,000 passes: 263 %; a fifth are 0.6 * 475,000 / 75.
+    [note] = [note for note in sizing.notes if "eval_steps" in note]
+    assert "50,000 held-out pairs 75 time(s), 263% of its own operations" in note
+    most = int(re.search(r"evaluate\.max_pairs: (\d+),", note)[1])
+    assert 3799 <= most <= 3800
+    fewer = sized({"eval_steps": 100}, evaluate={"max_pairs": most})
+    assert fewer.flops["measuring"] == pytest.approx(75 * most * pair)
+    assert not [note for note in fewer.notes if "eval_steps" in note]
+    assert without.measurements == 0 and "measuring" not in dict(without.lines())
+
+
+@pytest.mark.parametrize(
+    ("train", "measurements"),
+    [
+        ({"max_steps": 7, "save_steps": 2, "eval_steps": 2}, 4),  # after 2, 4, 6 and 7
+        ({"max_steps": 8, "save_steps": 2, "eval_steps": 2}, 4),
+        ({"max_steps": 7, "save_steps": 2, "eval_steps": 2, "trl": {"eval_on_start": True}}, 5),
+        ({"max_steps": 7, "save_steps": 2, "eval_steps": 2, "trl": {"eval_delay": 5}}, 2),
+        # 45 pairs kept: in twos, each of 2 accumulated, 12 steps an epoch.
+        ({"num_train_epochs": 2, "per_device_train_batch_size": 2, "eval_steps": 10,
+          "gradient_accumulation_steps": 2}, 3),
+        # 4 pairs of 12 tokens fit: 12 steps too.
+        ({"token_budget": 50, "eval_steps": 5}, 3),
+    ],
+)  # fmt: skip
+def test_the_holdout_is_measured_every_eval_steps_and_after_the_last(llama, train, measurements):
+    lengths = of_means(100, 4, 4, 4, holdout_fraction=0.1)
+    assert plan(make_config(llama, train=train), lengths).measurements == measurements
+
+
+def test_measuring_computes_the_prompt_twice_where_training_does(llama):
+    lengths = of_means(100, 400, 400, 400, holdout_fraction=0.1)
+    packed, padded = (
+        plan(make_config(llama, train={"eval_steps": 100, "packed": packed}), lengths)
+        for packed in ("auto", "off")
+    )
+    assert padded.flops["measuring"] == pytest.approx(packed.flops["measuring"] * 1600 / 1200)
+    assert (packed.measured_tokens, padded.measured_tokens) == (10 * 1200, 10 * 1600)
+
+
+def test_without_a_holdout_nothing_is_measured(llama):
+    sizing = plan(make_config(llama, train={"eval_steps": 100}), of_means(100, 4, 4, 4))
+    assert (sizing.measurements, sizing.measured_tokens) == (0, 0)
+    assert "measuring" not in sizing.flops and "measuring" not in sizing.hours
+
+
+def test_a_count_of_each_source_is_kept_of_each_that_is_trained_on(llama):
+    sources = [{"path": name} for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
+    corpus = {"sources": [*sources, {"path": "held.jsonl", "holdout": True}]}
+    lengths = of_means(1_000_000, 40, 40, 40)
+
+    def sized(**select):
+        return plan(make_config(llama, corpus=corpus, select=select), lengths)
+
+    each = sized(count=100_000, per_source=True)
+    # As the selection counts: three groups, of any size that holds so many.
+    spec = SelectionSpec(count=100_000, per_source=True)
+    ranks = [spec.ranks(total, "source") for total in (100_000, 300_000, 600_000)]
+    assert each.pairs["kept"] == sum(stop - start for start, stop in ranks) == 300_000
+    assert any("select.count is 100,000 of each of 3 source(s)" in note for note in each.notes)
+    assert sized(count=500_000, per_source=True).pairs["kept"] == 1_000_000
+    once = sized(count=100_000)
+    assert once.pairs["kept"] == 100_000 and not any("select.count" in n for n in once.notes)
 
 
 def test_a_token_budget_says_how_many_pairs_max_steps_takes(llama):
