@@ -9,10 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from judge_server import JudgeServer, Reply
 
 from refscale.cli import main
+from refscale.corpus.shapes import canonical_pair
 from refscale.errors import ConfigError, EvaluationError, RefscaleError
 from refscale.evaluation import mtbench, win_rate
 from refscale.evaluation.judge import (
@@ -23,6 +25,8 @@ from refscale.evaluation.judge import (
     parse_preference,
     parse_rating,
 )
+from refscale.schema import CORPUS, HOLDOUT
+from refscale.storage.stages import StageFolder
 from refscale.storage.store import Store
 
 
@@ -391,3 +395,58 @@ def test_a_named_but_unset_key_is_an_error_before_any_request(tmp_path, monkeypa
     config = JudgeConfig(base_url="http://h/v1", model="m", api_key_env="NO_SUCH_KEY")
     with pytest.raises(ConfigError, match="NO_SUCH_KEY, which is not set"):
         Judge(config, Store(tmp_path))
+
+
+# -- what is judged --------------------------------------------------------------------------------
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Zürich"}}}
+CALL_AS_JSON = (
+    '[{"function": {"arguments": {"city": "Zürich"}, "name": "weather"}, "type": "function"}]'
+)
+PARTS = [{"type": "text", "text": "Is it "}, {"type": "text", "text": "warm?"}]
+
+
+def held_out_texts(folder, *prompts):
+    """What a judge is shown of held-out pairs that have these prompts."""
+    rows = []
+    for number, prompt in enumerate(prompts):
+        sides = {
+            side: [{"role": "assistant", "content": side}] if isinstance(prompt, list) else side
+            for side in ("chosen", "rejected")
+        }
+        pair = canonical_pair({"prompt": prompt, **sides}, "trl")
+        rows.append(
+            {
+                "pair_id": number.to_bytes(16, "big"),
+                "split": HOLDOUT,
+                "prompt_ids": [number],
+                "conversational": pair.conversational,
+                "prompt": pair.prompt_text,
+            }
+        )
+    schema = pa.schema([CORPUS.field(name) for name in rows[0]])
+    corpus = StageFolder(Store(folder), "corpus")
+    corpus.begin({})
+    shard = corpus.commit_shard("shard-00000", pa.Table.from_pylist(rows, schema=schema))
+    corpus.finish({}, [shard], counts={}, seconds=0.0)
+    return [row["text"] for row in win_rate._holdout_prompts(corpus, len(rows))]
+
+
+def test_a_held_out_request_is_shown_to_the_judge_as_its_text(tmp_path):
+    said = held_out_texts(tmp_path, "Is it hot?", conversation("Is it cold?"), conversation(PARTS))
+    assert said == ["Is it hot?", "Is it cold?", "Is it warm?"]
+
+
+@pytest.mark.parametrize("nothing", [None, "", []])
+def test_a_held_out_conversation_shows_a_call_of_a_tool_where_a_turn_says_nothing(
+    tmp_path, nothing
+):
+    calling = {"role": "assistant", "content": nothing, "tool_calls": [CALL]}
+    speaking = {"role": "assistant", "content": "I look.", "tool_calls": [CALL]}
+    answer = {"role": "tool", "content": "17 degrees"}
+    asking = {"role": "user", "content": PARTS}
+    said = held_out_texts(tmp_path, [asking, calling, answer], [asking, speaking, answer])
+    assert said == [
+        f"user: Is it warm?\n\nassistant: {CALL_AS_JSON}\n\ntool: 17 degrees",
+        "user: Is it warm?\n\nassistant: I look.\n\ntool: 17 degrees",
+    ]

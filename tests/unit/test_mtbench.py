@@ -2,23 +2,31 @@
 
 import json
 import re
+import shutil
 from collections import Counter
 from dataclasses import asdict, replace
 
 import pytest
 from judge_server import JudgeServer, Reply
-from support import write_jsonl
+from support import save_tiny_llama, write_jsonl
 
 from refscale.cluster import runtime
 from refscale.config import parse_config
+from refscale.corpus.encoding import EncoderSettings, read_chat_template, tokenizer_fingerprint
 from refscale.errors import ConfigError, EvaluationError, FingerprintError, ModelError
-from refscale.evaluation import mtbench
-from refscale.evaluation.generation import CompletionStep, Generator, GeneratorSettings
+from refscale.evaluation import mtbench, win_rate
+from refscale.evaluation.generation import (
+    GENERATION_VERSION,
+    CompletionStep,
+    Generator,
+    GeneratorSettings,
+)
 from refscale.evaluation.grading import compare, grade
 from refscale.evaluation.judge import Judge
 from refscale.evaluation.mtbench import TEMPERATURES, Answerer, answer_items, lengths
 from refscale.evaluation.questions import Answer, Question, load_judge_prompts, load_questions
 from refscale.run import Run
+from refscale.storage.fingerprints import model_fingerprint
 from refscale.storage.stages import StageFolder
 from refscale.storage.store import Store
 
@@ -240,11 +248,11 @@ def test_a_question_without_an_answer_is_an_error(tmp_path):
 
 
 class FakeCluster:
-    gpus = 0
+    gpus, embedded = 0, True
 
 
 @pytest.fixture
-def finished_run(tmp_path, monkeypatch):
+def finished_run(tmp_path, tiny_model, monkeypatch):
     """A run with a policy, on which answers are made up; their folders are the real ones."""
     store = Store(tmp_path / "run")
     store.write_bytes("policy/STAGE.json", b"{}")
@@ -258,9 +266,8 @@ def finished_run(tmp_path, monkeypatch):
     monkeypatch.setattr(mtbench, "answer", answers)
     monkeypatch.setattr(Run, "cluster", FakeCluster)
     monkeypatch.setattr(runtime, "disconnect", lambda: None)
-    config = parse_config(
-        {"model": {"model_name_or_path": "m"}, "corpus": {"sources": [{"path": "a.jsonl"}]}}
-    )
+    model = {"model_name_or_path": str(tiny_model)}
+    config = parse_config({"model": model, "corpus": {"sources": [{"path": "a.jsonl"}]}})
     return config, store
 
 
@@ -294,6 +301,73 @@ def test_restart_answers_anew_and_pays_for_no_judgement_twice(finished_run, tmp_
         mtbench.run_mtbench(config, store.uri, server.config(), questions=str(one), restart=True)
     assert len(store.read_bytes("mtbench/policy-single.jsonl").splitlines()) == 2
     assert store.exists("policy/MANIFEST.json")
+
+
+@pytest.fixture
+def scored_run(finished_run):
+    """A finished run whose corpus and scores are on record as the config's, and ways to others."""
+    config, store = finished_run
+
+    def configure(**model):
+        sections = config.model_dump()
+        sections["model"] |= model
+        return parse_config(sections)
+
+    def record(config):
+        model, encoding = config.model, config.encoding
+        encoder = EncoderSettings(
+            model.model_name_or_path,
+            model.revision,
+            model.trust_remote_code,
+            read_chat_template(model.chat_template),
+            encoding.max_length,
+            encoding.truncation,
+        )
+        weights = {
+            "model": model_fingerprint(model.model_name_or_path, None),
+            "adapter": model.adapter and model_fingerprint(model.adapter, None),
+        }
+        tokenizer = {"tokenizer": tokenizer_fingerprint(encoder)}
+        for name, fingerprint in (("corpus", tokenizer), ("scores", weights)):
+            folder = StageFolder(store, name)
+            folder.begin(fingerprint, restart=True)
+            folder.finish(fingerprint, [], counts={}, seconds=0.0)
+
+    record(configure())
+    return configure, record, store
+
+
+def run_quietly(config, store, **options):
+    with JudgeServer(lambda number, request: "[[5]] [[A]]") as server:
+        return mtbench.run_mtbench(config, store.uri, server.config(), **options)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ("model_name_or_path", "scores/ are those of another model: model.model.safetensors was"),
+        ("adapter", "scores/ are those of another model: adapter was None"),
+        ("chat_template", "corpus/ was made with another model.chat_template: its sha256 was None"),
+    ],
+)
+def test_another_model_than_the_one_that_scored_is_not_shown_as_the_runs_reference(
+    scored_run, tmp_path, changed, said
+):
+    configure, record, store = scored_run
+    save_tiny_llama(tmp_path / "model_name_or_path", seed=1)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
+    (tmp_path / "chat_template").write_text("{{ messages[-1]['content'] }}")
+    other = configure(**{changed: str(tmp_path / changed)})
+    store.write_bytes("mtbench/kept", b"x")
+    with pytest.raises(FingerprintError, match=re.escape(said)):
+        run_quietly(other, store, restart=True)
+    assert store.list_files("mtbench", recursive=True) == ["mtbench/kept"]
+    run_quietly(configure(), store, restart=True)
+    assert store.exists("mtbench/result.json")
+    # It is the reference of a run that was made with it.
+    record(other)
+    run_quietly(other, store, restart=True)
 
 
 # -- answers ---------------------------------------------------------------------------------------
@@ -337,6 +411,72 @@ def test_sampled_answers_are_the_seeds(generator):
     assert first == again != other
 
 
+@pytest.fixture(scope="module")
+def configured(settings, tmp_path_factory):
+    """A generator of the tiny model, given more fields of its generation_config.json."""
+
+    def make(**fields):
+        folder = tmp_path_factory.mktemp("configured") / "m"
+        shutil.copytree(settings.model_name_or_path, folder)
+        (folder / "generation_config.json").write_text(json.dumps(fields))
+        return Generator(replace(settings, model_name_or_path=str(folder)))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def said(generator):
+    """The first three ids of the tiny model's greedy answer to [5, 6, 7]; the third is new."""
+    import torch
+
+    ids = [5, 6, 7]
+    with torch.inference_mode():
+        for _ in range(3):
+            ids.append(int(generator._model(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert ids[5] not in ids[3:5]
+    return ids[3:]
+
+
+def test_an_answer_ends_at_what_the_models_generation_config_ends_it_with(configured, said):
+    ends = configured(eos_token_id=[256, said[2]])
+    (ended,) = ends.complete([[5, 6, 7]], temperature=0, seed=0)
+    assert (ended.num_tokens, ended.cut) == (2, False)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "num_beams",
+        "min_p",
+        "typical_p",
+        "epsilon_cutoff",
+        "no_repeat_ngram_size",
+        "min_new_tokens",
+        "suppress_tokens",
+        "bad_words_ids",
+        "sequence_bias",
+    ],
+)
+def test_sampling_is_plain_whatever_the_models_generation_config_prefers(configured, said, field):
+    value = {
+        "num_beams": 4,
+        "min_p": 0.9,
+        "typical_p": 0.1,
+        "epsilon_cutoff": 0.1,
+        "no_repeat_ngram_size": 1,
+        "min_new_tokens": 9,
+        "suppress_tokens": said[:1],
+        "bad_words_ids": [said[:1]],
+        "sequence_bias": [[said[:1], -50.0]],
+    }[field]
+    ends = [256, said[2]]  # so that there is an end that min_new_tokens could put off
+    plain, fond = configured(eos_token_id=ends), configured(eos_token_id=ends, **{field: value})
+    prompts = [[5, 6, 7], [9] * 5]
+    for temperature in (0.0, 1.0):
+        given = {"temperature": temperature, "seed": 1}
+        assert fond.complete(prompts, **given) == plain.complete(prompts, **given)
+
+
 def test_an_answer_ends_at_the_end_of_sequence_and_says_whether_it_was_cut(generator):
     stop = generator._tokenizer.eos_token_id
     letters = generator._tokenizer("ab", add_special_tokens=False)["input_ids"]
@@ -351,12 +491,33 @@ def test_a_conversation_longer_than_the_context_is_an_error(generator):
 
 
 def test_a_model_without_chat_template_is_an_error(tiny_model, tmp_path):
-    import shutil
-
     shutil.copytree(tiny_model, tmp_path / "m")
     (tmp_path / "m" / "chat_template.jinja").unlink()
     with pytest.raises(ModelError, match="has no chat template"):
         Generator(GeneratorSettings(str(tmp_path / "m"))).reply(users("x"), temperature=0, seed=0)
+
+
+def test_kept_answers_of_another_way_to_generate_are_refused(settings, tmp_path, monkeypatch):
+    config = parse_config(
+        {"model": {"model_name_or_path": "m"}, "corpus": {"sources": [{"path": "a.jsonl"}]}}
+    )
+    store = Store(tmp_path)
+    run = Run(store, config)
+    ways = (
+        lambda: mtbench.answer(settings, small_set(), StageFolder(store, "mtbench/policy")),
+        lambda: win_rate._complete(run, StageFolder(store, "completions"), settings, "i", [], 8),
+    )
+    monkeypatch.setattr(Run, "cluster", FakeCluster)
+    monkeypatch.setattr(runtime, "run_graph", lambda todo, steps: [])
+    for way in ways:
+        assert way() == way() == []
+    before = win_rate.win_rate().settings
+    for module in (mtbench, win_rate):
+        monkeypatch.setattr(module, "GENERATION_VERSION", GENERATION_VERSION + 1)
+    for way in ways:
+        with pytest.raises(FingerprintError, match="was made with generation = "):
+            way()
+    assert win_rate.win_rate().settings != before
 
 
 def test_batches_have_one_temperature_and_hold_every_question_once():
