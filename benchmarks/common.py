@@ -229,7 +229,7 @@ def write_result(
         "dirty": dirty,
         "time": now.isoformat(timespec="seconds"),
         "hardware": hardware(),
-        "versions": versions(),
+        "versions": versions("ctranslate2", "lm_eval"),
         "config": dict(config),
         "data": dict(data or {}),
         "units": dict(units or {}),

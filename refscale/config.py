@@ -282,7 +282,11 @@ class TrainConfig(Section):
         "auto",
         description="Shared-prefix packed steps; auto: where the model is served exactly.",
     )
-    peft: dict[str, Any] | None = Field(None, description="LoraConfig fields, e.g. {r: 16}.")
+    peft: dict[str, Any] | None = Field(
+        None,
+        description="LoraConfig fields, e.g. {r: 16}. Dropout, random PiSSA and adapters on tied"
+        " embeddings are refused: the policy would not be the one that was trained.",
+    )
     seed: int = Field(42, description="Of the shuffling.")
     logging_steps: int = Field(1, gt=0, description="Optimizer steps between log rows.")
     save_steps: int = Field(100, gt=0, description="Optimizer steps between checkpoints.")
