@@ -211,7 +211,7 @@ def compare(
         restart=restart,
         extra=extra,
     )
-    for line in comparison_page.lines(result):
+    for line in [*comparison_page.lines(result), *result["notes"]]:
         say(line)
     say(f"compare   {Store(run_dir).uri}/comparison.html")
 

@@ -32,7 +32,7 @@ from refscale.evaluation.holdout import number_prompts, prompt_ids
 from refscale.experiments.arms import FULL, Arm, arm_config, grid, parse_arm
 from refscale.experiments.statistics import summarise
 from refscale.progress import say
-from refscale.report.comparison_page import lines, render_html
+from refscale.report.comparison_page import render_html
 from refscale.secrets import refuse_secrets
 from refscale.storage.fingerprints import first_difference
 from refscale.storage.locks import RunLock
@@ -184,8 +184,6 @@ def compare(
         }
         store.write_json("comparison.json", comparison)
         store.write_bytes("comparison.html", render_html(comparison).encode())
-    for line in [*lines(comparison), *notes]:
-        say(line)
     return comparison
 
 

@@ -157,7 +157,8 @@ def packed_attention(
     """
     assert _layout is not None, "packed attention runs within attention.layout"
     assert attention_mask is None and not dropout, "a pack has neither mask nor dropout"
-    if torch.is_autocast_enabled(kind := query.device.type):
+    kind = query.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         # As SDPA does: rotated queries and keys of float32 weights come in float32, values do not.
         half = torch.get_autocast_dtype(kind)
         query, key, value = query.to(half), key.to(half), value.to(half)
