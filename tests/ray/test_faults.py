@@ -359,7 +359,9 @@ def test_removed_node_loses_nothing(undisturbed, tmp_path):
 
 
 _ROOM = """
+import subprocess
 import threading
+
 from ray.cluster_utils import Cluster
 
 from refscale.cli import main
@@ -377,22 +379,32 @@ def train(wait_s):
     return main(["train", {config!r}, "--run-dir", {run!r}, *options, *wait])
 
 
+def add_node():
+    command = [{ray!r}, "start", f"--address={{cluster.address}}", "--num-cpus=2", "--block"]
+    nodes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
+
+
+nodes = []
 print(train(3))
-threading.Timer(5, lambda: cluster.add_node(num_cpus=2)).start()
+threading.Timer(8, add_node).start()
 print(train(300))
+for node in nodes:
+    node.terminate()
+    node.wait()
 """
 
 
 def test_a_training_waits_for_nodes_so_long_as_it_may(copy):
     config, run = copy
-    code = _ROOM.format(run=str(run), config=str(config))
+    command = str(Path(sys.executable).with_name("ray"))
+    code = _ROOM.format(run=str(run), config=str(config), ray=command)
     result = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         timeout=300,
         # An attempt ends before the node is there.
-        env={**os.environ, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "2"},
+        env={**os.environ, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5"},
     )
     assert result.stdout.split() == ["1", "0"], result.stderr
     assert result.stderr.count("waiting for nodes: train.num_workers is 1, of 2 CPU each") == 2
