@@ -130,7 +130,8 @@ def evaluate_pairs(table: pa.Table, beta: float, *, seed: int = 0) -> dict[str, 
     Returns:
         `{"beta", "overall": M, "sources": {name: M}}` where M is `{"n", "reward_accuracy":
         {"before", "after"}, "reward_margin": {"before", "after"}, "ranking_accuracy": {"before",
-        "after", "difference"}}` with an estimate at each leaf but n.
+        "after", "difference"}}` with an estimate at each leaf but n. An accuracy of 0 or 1 has
+        Wilson's interval, for as many trials as there are prompts.
 
     Raises:
         EvaluationError: There is no pair, or a sum is not finite.
@@ -175,6 +176,11 @@ def evaluate_pairs(table: pa.Table, beta: float, *, seed: int = 0) -> dict[str, 
     def metrics(rows: np.ndarray) -> dict[str, Any]:
         mine = number_prompts(pa.array(prompts[rows]))
         estimates = _means({name: v[rows] for name, v in outcomes.items()}, mine, seed)
+        for name in ("reward_accuracy", "before", "after"):
+            # Where all win or lose no resample differs, and an interval would claim certainty.
+            if estimates[name]["value"] in (0, 1):
+                num_prompts = int(mine.max()) + 1
+                estimates[name] = _wilson(int(estimates[name]["value"]) * num_prompts, num_prompts)
         return {
             "n": int(rows.size),
             "reward_accuracy": {"before": _exactly(0.5), "after": estimates["reward_accuracy"]},

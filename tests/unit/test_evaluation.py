@@ -80,6 +80,19 @@ def test_a_policy_equal_to_its_reference_scores_one_half() -> None:
     assert overall["reward_margin"]["after"]["value"] == 0.0
 
 
+@pytest.mark.parametrize(("prompts", "low"), [([0], 0.2065), ([0, 1, 2, 3, 4, 5, 6, 7], 0.6756)])
+@pytest.mark.parametrize("won", [True, False])
+def test_a_few_pairs_that_all_win_or_lose_make_nothing_certain(
+    won: bool, prompts: list[int], low: float
+) -> None:
+    # Wilson's bound is n / (n + 1.96²): 1 / 4.8415 and 8 / 11.8415.
+    better = (-8, -12) if won else (-12, -8)
+    rows = [("a", -10, -10, *better, 2, 2) for _ in prompts]
+    after = evaluate_pairs(table(rows, prompts), beta=0.1)["overall"]["reward_accuracy"]["after"]
+    bounds = (low, 1.0) if won else (0.0, 1 - low)
+    assert (after["low"], after["high"]) == pytest.approx(bounds, abs=1e-4)
+
+
 def test_ranking_accuracy_is_normalised_by_length() -> None:
     # Sum prefers the rejected (-6 < -4), the mean a token the chosen (-1 > -2).
     one = table([("a", -6, -4, -6, -4, 6, 2)])
