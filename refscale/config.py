@@ -387,8 +387,8 @@ class RayConfig(Section):
     wait_for_room_s: float = Field(
         3600,
         gt=0,
-        description="Seconds, in all, that training waits for nodes with room for its workers; an"
-        " embedded Ray has room or refuses at once.",
+        description="Seconds, in all, that training waits for nodes with room for its workers, also"
+        " where others hold it; an embedded Ray has room or refuses at once.",
     )
 
     @field_validator("replicas")

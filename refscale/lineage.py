@@ -68,13 +68,25 @@ def require_encoding(config: Config, prepared: dict[str, Any]) -> None:
         FingerprintError: Names the field, or the file or commit of the tokenizer.
         ModelError: The config's tokenizer is not there.
     """
-    stored = {name: prepared["fingerprint"][name] for name in ("encoding", "tokenizer")}
-    model = config.model
-    revision = _pinned(model.model_name_or_path, model.revision, stored["tokenizer"])
-    asked = {
-        "encoding": config.encoding.model_dump(),
-        "tokenizer": tokenizer_fingerprint(EncoderSettings.of(config, revision)),
-    }
+    _require(prepared, {"encoding": config.encoding.model_dump()})
+    require_tokenizer(config, prepared)
+
+
+def require_tokenizer(config: Config, prepared: dict[str, Any]) -> None:
+    """Refuse a corpus of another tokenizer or chat template than the config's.
+
+    Raises:
+        FingerprintError: Names the file or commit, or the template.
+        ModelError: The config's tokenizer is not there.
+    """
+    model, before = config.model, prepared["fingerprint"]["tokenizer"]
+    revision = _pinned(model.model_name_or_path, model.revision, before)
+    settings = EncoderSettings.of(config, revision)
+    _require(prepared, {"tokenizer": tokenizer_fingerprint(settings)})
+
+
+def _require(prepared: dict[str, Any], asked: dict[str, Any]) -> None:
+    stored = {name: prepared["fingerprint"][name] for name in asked}
     name, old, new = first_difference(stored, asked)
     if name:
         raise FingerprintError(

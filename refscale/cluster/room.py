@@ -17,8 +17,9 @@ from refscale.progress import say
 
 _LOOK_EVERY_S = 5.0
 _SAY_EVERY_S = 60.0
-# Ray Train gives up on placing its workers after so long, and tries again.
-_ATTEMPT_S = ("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", 60.0)
+# After so long Ray Train 2.60 gives up on placing its workers, and tries again.
+_ATTEMPT_S = 60.0
+_ATTEMPT_S_VARIABLE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 
 
 class Room:
@@ -81,5 +82,5 @@ class Room:
 
 def attempts_within(seconds: float) -> int:
     """How often Ray Train can try to place its workers in so many seconds; at least once."""
-    name, default = _ATTEMPT_S
-    return max(1, math.ceil(seconds / float(os.environ.get(name, default))))
+    each = float(os.environ.get(_ATTEMPT_S_VARIABLE, _ATTEMPT_S))
+    return max(1, math.ceil(seconds / each))

@@ -6,8 +6,7 @@ ready for JSON. Costs seconds for a million pairs; numpy and pyarrow only.
 
 An *estimate* here is `{"value": v, "low": l, "high": h}` with a 95 % interval. Prompts are what is
 resampled, each with all its pairs: k completions of a prompt make k(k-1)/2 pairs that win and lose
-together, and intervals that take them for independent miss a true 0.5 twice as often as they claim
-to (10 % at a nominal 5 %, 150 prompts of 6 pairs).
+together, and intervals that take them for independent are too narrow.
 """
 
 import json

@@ -48,7 +48,6 @@ if TYPE_CHECKING:
 OUTCOMES = pa.schema(
     [
         pa.field("pair_id", pa.binary(16), nullable=False),
-        pa.field("prompt_id", pa.binary(16), nullable=False),
         pa.field("source", pa.string(), nullable=False),
         pa.field("reward_accuracy", pa.float64(), nullable=False),
         pa.field("reward_margin", pa.float64(), nullable=False),
@@ -56,7 +55,7 @@ OUTCOMES = pa.schema(
         pa.field("chosen_mean_logps", pa.float64(), nullable=False),
     ]
 )
-MEASURES = tuple(OUTCOMES.names[3:])
+MEASURES = tuple(OUTCOMES.names[2:])
 # Share of the held-out pairs that an arm may lack, or else they are another holdout; one always.
 _MAX_LACKING = 0.05
 
@@ -369,8 +368,9 @@ def outcomes(table: pa.Table, beta: float) -> pa.Table:
         "ranking_accuracy": (np.sign(chosen - rejected) + 1) / 2,
         "chosen_mean_logps": chosen,
     }
-    named = {name: table[name] for name in ("pair_id", "prompt_id", "source")}
-    return pa.table({**named, **values}, schema=OUTCOMES)
+    return pa.table(
+        {"pair_id": table["pair_id"], "source": table["source"], **values}, schema=OUTCOMES
+    )
 
 
 def _evaluation_table(folder: StageFolder) -> pa.Table:
@@ -446,16 +446,10 @@ def _notes(left_out: Mapping[str, Any]) -> list[str]:
 
 def _prompts(tables: Tables, corpus: StageFolder, files: Sequence[Mapping[str, Any]]) -> np.ndarray:
     """Number of each shared pair's prompt, int64 (pairs,)."""
-    every = [table for by_seed in tables.values() for table in by_seed.values()]
-    for table in every:
-        if "prompt_id" in table.column_names:
-            return number_prompts(table["prompt_id"])
-    # Arms of a refscale that did not note prompts: the corpus knows them, and nothing is redone.
+    shared = next(iter(next(iter(tables.values())).values()))["pair_id"]
     shards = [file["name"].removesuffix(".parquet") for file in files if file["counts"]["holdout"]]
     known = pa.concat_tables([prompt_ids(corpus, shard) for shard in shards])
-    pairs = schema.matching_rows(
-        known, every[0]["pair_id"], "compared pairs are not held out in the corpus"
-    )
+    pairs = schema.matching_rows(known, shared, "compared pairs are not held out in the corpus")
     return number_prompts(pairs["prompt_id"])
 
 

@@ -180,7 +180,6 @@ def test_outcomes_are_the_pairs_rewards_sorted_by_pair():
         evaluation_table([(9, -8, -4, -8, -4), (2, -4, -8, -6, -6), (5, -8, -2, -4, -4)]), beta=0.5
     )
     assert [int.from_bytes(i, "big") for i in table["pair_id"].to_pylist()] == [2, 5, 9]
-    assert [int.from_bytes(i, "big") for i in table["prompt_id"].to_pylist()] == [1, 2, 4]
     # Margins against the reference: 4 - 0, -6 - 0, -4 - -4; halved by beta.
     assert table["reward_margin"].to_pylist() == [2.0, -3.0, 0.0]
     assert table["reward_accuracy"].to_pylist() == [1.0, 0.0, 0.5]
@@ -310,14 +309,16 @@ def test_where_every_policy_scored_every_pair_no_word_is_said_of_it(finished_arm
     assert "left out" not in store.read_bytes("comparison.html").decode()
 
 
-def test_arms_of_a_refscale_that_did_not_note_prompts_are_compared_by_the_corpuss(finished_arms):
-    noted = {"full": scored(range(40)), "random:0.5": scored(range(40))}
-    found, _ = finished_arms(noted)
-    unnoted = {arm: table.drop_columns(["prompt_id"]) for arm, table in noted.items()}
-    assert finished_arms(unnoted)[0]["arms"] == found["arms"]
-    mixed = {**noted, "full": unnoted["full"]}
-    assert finished_arms(mixed)[0]["arms"] == found["arms"]
-    assert set(OUTCOMES.names) - set(unnoted["full"].column_names) == {"prompt_id"}
+def test_pairs_are_resampled_by_the_prompts_that_the_corpus_knows(finished_arms):
+    arms = {"full": scored(range(40)), "random:0.5": scored(range(40))}
+    found, _ = finished_arms(arms)
+    names = OUTCOMES.names[2:]
+    values = {
+        name: {arm: [table[name].to_numpy()] for arm, table in arms.items()} for name in names
+    }
+    values = {name: {arm: np.stack(v) for arm, v in by.items()} for name, by in values.items()}
+    assert found["arms"] == summarise(values, {}, np.arange(40) // 2, full="full")
+    assert found["arms"] != summarise(values, {}, np.arange(40), full="full")
 
 
 # -- statistics ------------------------------------------------------------------------------------
