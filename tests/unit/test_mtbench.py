@@ -347,7 +347,10 @@ def run_quietly(config, store, **options):
     [
         ("model_name_or_path", "scores/ are those of another model: model.model.safetensors was"),
         ("adapter", "scores/ are those of another model: adapter was None"),
-        ("chat_template", "corpus/ was made with tokenizer.model.chat_template = absent, now it is"),
+        (
+            "chat_template",
+            "corpus/ was made with tokenizer.model.chat_template = absent, now it is",
+        ),
     ],
 )
 def test_another_model_than_the_one_that_scored_is_not_shown_as_the_runs_reference(

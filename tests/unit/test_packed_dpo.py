@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_training import (
+from training_support import (
     changed,
     model_dir,
     rows,
@@ -45,7 +45,7 @@ from refscale.scoring import attention
 from refscale.training import packed_dpo
 from refscale.training.packed_dpo import PackedCollator, install, pack_pairs, refusal
 
-# Fixtures of test_training, which pytest finds by their names here.
+# Fixtures of training_support, which pytest finds by their names here.
 __all__ = ["model_dir", "rows", "settings"]
 
 SIZES = {

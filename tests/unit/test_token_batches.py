@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from test_training import changed, make_trainer, model_dir, rows, run, settings
+from training_support import changed, make_trainer, model_dir, rows, run, settings
 from transformers import AutoModelForCausalLM
 
 from refscale import schema
@@ -19,7 +19,7 @@ from refscale.training.data import easy_to_hard, pair_tokens
 from refscale.training.dpo_trainer import PrecomputedDPOTrainer
 from refscale.training.token_batches import TokenBudgetSampler, plan_batches
 
-# Fixtures of test_training, which pytest finds by their names here.
+# Fixtures of training_support, which pytest finds by their names here.
 __all__ = ["model_dir", "rows", "settings"]
 
 
