@@ -163,6 +163,7 @@ def scoring(run_dir: str, replicas: int, *, repeats: int) -> tuple[dict[str, lis
         dtype_reason=reason,
         path=config.score.path,
         token_budget=config.score.token_budget,
+        compilation=config.score.compile,
         trust_remote_code=model.trust_remote_code,
         attn_implementation=model.attn_implementation,
         adapter=model.adapter,

@@ -96,6 +96,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--scorers", default=None, help="only those whose name holds one of these")
     parser.add_argument("--token-budget", type=int, default=None, help="of our forward passes")
     parser.add_argument("--oracle-pairs", type=int, default=48, help="compared with the oracle")
+    parser.add_argument("--compile", action="store_true", help="also measure the compiled path")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--threads", type=int, default=None, help="of torch; default: all cores")
     parser.add_argument("--through-ray", action="store_true", help="one replica against a process")
@@ -332,6 +333,9 @@ def _scorers(
         add(baselines.PAIR_BY_PAIR, lambda: baselines.pair_by_pair(packed, parts))
         order[baselines.PAIR_BY_PAIR] = corpora.order_of_parts(pairs)
     add(baselines.PACKED, lambda: score)
+    if arguments.compile:
+        compiled = baselines.ours(own, "packed", arguments.token_budget, compilation="on")[1]
+        add(baselines.COMPILED, lambda: compiled)
     if not scorers:
         raise BenchmarkError(f"--scorers {arguments.scorers} names none of the scorers")
     return scorers, order

@@ -25,6 +25,7 @@ Columns = tuple[np.ndarray, np.ndarray]
 Scorer = Callable[[EncodedPairs], Columns]
 
 PACKED = "refscale packed"
+COMPILED = "refscale packed, compiled"
 PADDED = "refscale padded"
 PAIR_BY_PAIR = "refscale packed, pair by pair"
 TRL = "TRL precompute"
@@ -46,9 +47,16 @@ def as_loaded(model: Any) -> Any:
     return model
 
 
-def ours(model: Any, path: str, token_budget: int | None) -> tuple[ReferenceModel, Scorer]:
+def ours(
+    model: Any, path: str, token_budget: int | None, *, compilation: str = "off"
+) -> tuple[ReferenceModel, Scorer]:
     """The engine on one path."""
-    reference = ReferenceModel.from_model(model, path=path, token_budget=token_budget)  # type: ignore[arg-type]
+    reference = ReferenceModel.from_model(
+        model,
+        path=path,  # type: ignore[arg-type]
+        token_budget=token_budget,
+        compilation=compilation,  # type: ignore[arg-type]
+    )
 
     def score(pairs: EncodedPairs) -> Columns:
         scores = reference.score(pairs)

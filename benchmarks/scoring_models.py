@@ -72,7 +72,8 @@ def build(name: str, dtype: torch.dtype, device: torch.device, seed: int = 0) ->
         config = AutoConfig.for_model(**shape, bos_token_id=None, eos_token_id=0, pad_token_id=0)
         torch.manual_seed(seed)
         with device:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            # In float32 and then rounded, so that all dtypes have one model's weights.
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(dtype)
     elif Path(name).is_dir():
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
     else:

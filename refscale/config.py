@@ -164,6 +164,11 @@ class ScoreConfig(Section):
     token_budget: int | None = Field(
         None, gt=0, description="Tokens per forward; default: from the device's memory."
     )
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="torch.compile of the packed path. auto: on a GPU, once a replica has worked"
+        " two minutes.",
+    )
     quantization: Literal["8bit", "4bit"] | None = Field(
         None,
         description="Load the reference model quantised, by bitsandbytes, which has to be"

@@ -250,6 +250,7 @@ def _scorer_settings(run: Run, model: ModelConfig) -> shard_scoring.ScorerSettin
         dtype_asked=config.model.dtype,
         path=config.score.path,
         token_budget=config.score.token_budget,
+        compilation=config.score.compile,
         trust_remote_code=config.model.trust_remote_code,
         attn_implementation=config.model.attn_implementation,
         adapter=model.adapter,

@@ -155,7 +155,6 @@ def packed_attention(
     Raises:
         ValueError: The layer asks for what a pack does not have, such as attention sinks.
     """
-    assert _layout is not None, "packed attention runs within attention.layout"
     assert attention_mask is None and not dropout, "a pack has neither mask nor dropout"
     kind = query.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
@@ -167,15 +166,55 @@ def packed_attention(
         what = ", ".join(unknown) or "attention that is not causal"
         raise ValueError(f"{type(module).__name__} asks for {what}, which packs do not serve")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    attend = _attend_compiled if torch.compiler.is_compiling() else _attend_pack
+    return attend(query, key, value, scale, sliding_window, softcap), None
+
+
+def _attend_pack(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """All segments of the pack in work; (1, T, H, D)."""
+    assert _layout is not None, "packed attention runs within attention.layout"
     why_not = _no_varlen(query, value, softcap)
     if why_not is None:
-        return _varlen(query, key, value, scale, sliding_window, _layout), None
+        return _varlen(query, key, value, scale, window, _layout)
     if query.is_cuda:
         _say_slow(why_not)
-    batches, order = _layout.batches(sliding_window, query)
+    batches, order = _layout.batches(window, query)
     outputs = [_attend(batch, query, key, value, scale, softcap) for batch in batches]
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return joined.index_select(0, order).unsqueeze(0), None
+    return joined.index_select(0, order).unsqueeze(0)
+
+
+# One node of a compiled layer's graph, so that the layout is read when a pack runs and not when the
+# layer is compiled. Without gradients: scoring compiles, training does not.
+@torch.library.custom_op("refscale::packed_attention", mutates_args=())
+def _attend_compiled(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    return _attend_pack(query, key, value, scale, window, softcap).contiguous()
+
+
+@_attend_compiled.register_fake
+def _attend_compiled_shape(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
 
 
 def _blocks(segments: Sequence[Segment], window: int | None) -> np.ndarray:

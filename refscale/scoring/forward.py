@@ -6,13 +6,14 @@ exist at a time than one tile.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from refscale.scoring import attention
+from refscale.scoring.compilation import CompiledLayers
 from refscale.scoring.devices import to_device
 from refscale.scoring.flops import Flops
 from refscale.scoring.logps import Head, logps_of_logits, sequence_logps, token_logps
@@ -33,6 +34,7 @@ class Forward:
         config: The model's text config.
         head_served: Whether `logps.Head` describes the model's head; where it does not, log-probs
             are taken from the model's own logits, padded batches only.
+        compiled: The layers as packs take them, with the head to match; None runs them as they are.
     """
 
     def __init__(self, model: Any) -> None:
@@ -42,6 +44,7 @@ class Forward:
         self.config = model.config.get_text_config()
         self.flops = Flops.of(model)
         self.head_served = model.get_output_embeddings() is not None
+        self.compiled: CompiledLayers | None = None
         self._own_attention = model.config._attn_implementation
         # Llama 4's text model names no backbone of its own kind, and is then its own base_model.
         own = model.base_model is model
@@ -54,14 +57,13 @@ class Forward:
         if path == "float32" and str(wanted).startswith("flash"):
             wanted = "sdpa"  # FlashAttention has no float32
         before = self.model.config._attn_implementation
-        if wanted == before:
+        with ExitStack() as stack:
+            if path == "packed" and self.compiled is not None:
+                stack.enter_context(self.compiled.in_use())
+            if wanted != before:
+                self.model.set_attn_implementation(wanted)
+                stack.callback(self.model.set_attn_implementation, before)
             yield
-            return
-        self.model.set_attn_implementation(wanted)
-        try:
-            yield
-        finally:
-            self.model.set_attn_implementation(before)
 
     def score(self, batch: Batch, sums: Sums, stats: ScoringStats) -> None:
         """Add the sums of the batch's sequences to `sums`; run within `attending`."""
@@ -79,7 +81,13 @@ class Forward:
             hidden = self._hidden(batch).to(head.weight.device)
             hidden = hidden.index_select(0, to_device(batch.rows, hidden.device))
             targets = to_device(batch.targets, hidden.device)
-            logps, squares = token_logps(hidden, targets, head, sum_squares=sums.squares)
+            logps, squares = token_logps(
+                hidden,
+                targets,
+                head,
+                sum_squares=sums.squares,
+                compiled=isinstance(batch, Pack) and self.compiled is not None,
+            )
             _add(batch, sums, logps, squares)
             head_rows = len(batch.rows)
         stats.computed_tokens += batch.num_tokens

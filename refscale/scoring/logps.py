@@ -7,7 +7,9 @@ gradients: training has TRL's tiled head.
 Shapes: R rows, D hidden size, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -74,19 +76,22 @@ class _Tiles:
     exp of 49,152 entries adds 5 % to the product's time, with new tensors for each tile 120 %.
     """
 
-    def __init__(self, head: Head, num_rows: int, like: Tensor) -> None:
-        self._head = head
+    def __init__(self, head: Head, num_rows: int, like: Tensor, *, compiled: bool) -> None:
+        self._head, self._compiled = head, compiled
         rows, width = _TILE_CUDA if like.is_cuda else _TILE_CPU
         self.rows = max(1, min(rows, num_rows))
         self.width = min(width, len(head.weight))
         size = self.rows * self.width
         self._products = like.new_empty(size)
-        single = like.dtype == torch.float32
-        self._logits = self._products if single else like.new_empty(size, dtype=torch.float32)
-        self._scratch = torch.empty_like(self._logits)
+        if not compiled:
+            single = like.dtype == torch.float32
+            self._logits = self._products if single else like.new_empty(size, dtype=torch.float32)
+            self._scratch = torch.empty_like(self._logits)
 
-    def logits(self, hidden: Tensor, start: int, targets: Tensor, exact: Tensor) -> Tensor:
-        """fp32 (n, width) of the entries from `start`; valid until the next call.
+    def normalisers(
+        self, hidden: Tensor, start: int, targets: Tensor, exact: Tensor, *, sum_squares: bool
+    ) -> list[Tensor]:
+        """fp32 (n,) log-sum-exp over the entries from `start`, and of twice the logits if asked.
 
         Args:
             hidden: (n, D).
@@ -94,26 +99,44 @@ class _Tiles:
             targets: int64 (n,).
             exact: fp32 (n,) the targets' own logits, which replace the products where they are in
                 this tile.
+            sum_squares: Whether the second is wanted.
         """
+        products = self._multiply(hidden, start)
+        if self._compiled:
+            head = self._head
+            one_pass = _compiled_normalisers()
+            return one_pass(
+                products, targets - start, exact, head.multiplier, head.softcap, sum_squares
+            )
+        logits = self._put_exact(products, targets - start, exact)
+        found = [self._log_sum_exp(logits)]
+        if sum_squares:
+            found.append(self._log_sum_exp(logits.mul_(2)))
+        return found
+
+    def _multiply(self, hidden: Tensor, start: int) -> Tensor:
+        """(n, width) products, valid until the next call."""
         weight = self._head.weight[start : start + self.width]
         shape = (len(hidden), len(weight))
         products = self._products[: shape[0] * shape[1]].view(shape)
         if self._head.bias is None:
-            torch.mm(hidden, weight.T, out=products)
-        else:
-            torch.addmm(self._head.bias[start : start + self.width], hidden, weight.T, out=products)
+            return torch.mm(hidden, weight.T, out=products)
+        bias = self._head.bias[start : start + self.width]
+        return torch.addmm(bias, hidden, weight.T, out=products)
+
+    def _put_exact(self, products: Tensor, at: Tensor, exact: Tensor) -> Tensor:
+        """fp32 (n, width) logits."""
         logits = products
         if self._logits is not self._products:
-            logits = self._logits[: shape[0] * shape[1]].view(shape).copy_(products)
+            logits = self._logits[: products.numel()].view(products.shape).copy_(products)
         self._head.finish_(logits)
         # Without a branch on values, which would wait for the device.
-        at = targets - start
-        inside = (at >= 0) & (at < shape[1])
-        at = at.clamp_(0, shape[1] - 1)[:, None]
+        inside = (at >= 0) & (at < products.shape[1])
+        at = at.clamp(0, products.shape[1] - 1)[:, None]
         value = torch.where(inside[:, None], exact[:, None], logits.gather(1, at))
         return logits.scatter_(1, at, value)
 
-    def log_sum_exp(self, logits: Tensor) -> Tensor:
+    def _log_sum_exp(self, logits: Tensor) -> Tensor:
         """(n, width) -> (n,).
 
         By way of log_softmax, one fused pass: torch.logsumexp takes several.
@@ -123,9 +146,43 @@ class _Tiles:
         return logits[:, 0] - scratch[:, 0]
 
 
+def _normalisers(
+    products: Tensor,
+    at: Tensor,
+    exact: Tensor,
+    multiplier: float,
+    softcap: float | None,
+    sum_squares: bool,
+) -> list[Tensor]:
+    """As `_Tiles.normalisers`, from the products; `at` is each target's column of this tile.
+
+    Written to be compiled: then it reads the products and writes n numbers, where the steps of
+    `_Tiles` write the whole tile twice in fp32.
+    """
+    logits = products.float() * multiplier
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    column = torch.arange(products.shape[1], device=products.device)
+    logits = torch.where(column == at[:, None], exact[:, None], logits)
+    found = [torch.logsumexp(logits, dim=-1)]
+    if sum_squares:
+        found.append(torch.logsumexp(2 * logits, dim=-1))
+    return found
+
+
+@cache
+def _compiled_normalisers() -> Callable[..., list[Tensor]]:
+    return torch.compile(_normalisers, dynamic=True, fullgraph=True)
+
+
 @torch.no_grad()
 def token_logps(
-    hidden: Tensor, targets: Tensor, head: Head, *, sum_squares: bool = False
+    hidden: Tensor,
+    targets: Tensor,
+    head: Head,
+    *,
+    sum_squares: bool = False,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-prob of each row's target given its prefix, in nats.
 
@@ -138,26 +195,29 @@ def token_logps(
         targets: int64 (R,).
         head: The output head.
         sum_squares: Also return log sum_v p(v)^2 (the alignment term of WPO, arXiv 2406.11827).
+        compiled: Fuse what follows the products into one pass, with torch.compile.
 
     Returns:
         fp32 (R,) log-probs, and fp32 (R,) log of the summed squares or None.
     """
-    tiles = _Tiles(head, len(hidden), hidden)
+    tiles = _Tiles(head, len(hidden), hidden, compiled=compiled)
     logps = hidden.new_empty(len(hidden), dtype=torch.float32)
     squares = torch.empty_like(logps) if sum_squares else None
     for first in range(0, len(hidden), tiles.rows):
         rows = slice(first, first + tiles.rows)
         exact = head.target_logits(hidden[rows], targets[rows])
-        parts, doubled = [], []
-        for start in range(0, len(head.weight), tiles.width):
-            logits = tiles.logits(hidden[rows], start, targets[rows], exact)
-            parts.append(tiles.log_sum_exp(logits))
-            if squares is not None:
-                doubled.append(tiles.log_sum_exp(logits.mul_(2)))
-        normaliser = torch.logsumexp(torch.stack(parts), dim=0)
+        parts = [
+            torch.stack(
+                tiles.normalisers(
+                    hidden[rows], start, targets[rows], exact, sum_squares=sum_squares
+                )
+            )
+            for start in range(0, len(head.weight), tiles.width)
+        ]
+        normaliser, *doubled = torch.logsumexp(torch.stack(parts), dim=0)
         logps[rows] = exact - normaliser
         if squares is not None:
-            squares[rows] = torch.logsumexp(torch.stack(doubled), dim=0) - 2 * normaliser
+            squares[rows] = doubled[0] - 2 * normaliser
     return logps, squares
 
 

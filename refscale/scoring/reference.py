@@ -22,6 +22,7 @@ import torch
 
 from refscale.errors import ModelError
 from refscale.scoring import attention
+from refscale.scoring.compilation import CompiledLayers
 from refscale.scoring.devices import (
     choose_dtype,
     default_budget,
@@ -60,9 +61,13 @@ ENGINE_VERSION = 2
 NONFINITE = "nonfinite_logp"
 OUT_OF_MEMORY = "out_of_memory"
 _SMALLEST_BUDGET = 64  # tokens
+# Compiling costs about a minute and saves a part of each second after: a job that has lasted this
+# long on a GPU is taken to last longer.
+_COMPILE_AFTER_S = 120.0
 
 Path = Literal["packed", "padded"]
 AskedPath = Literal["auto", "packed", "padded"]
+Compilation = Literal["auto", "on", "off"]
 
 
 class ReferenceModel:
@@ -80,9 +85,12 @@ class ReferenceModel:
         *,
         path: AskedPath = "auto",
         token_budget: int | None = None,
+        compilation: Compilation = "auto",
         info: dict[str, Any] | None = None,
     ) -> None:
         self._forward = Forward(model)
+        self._compilation: Compilation = compilation
+        self._worked_s = 0.0
         self._limits = Limits.of(model)
         self._forced = path != "auto"
         self.path, reason = self._choose_path(path)
@@ -112,6 +120,7 @@ class ReferenceModel:
         device: str = "auto",
         path: str = "auto",
         token_budget: int | None = None,
+        compilation: str = "auto",
         trust_remote_code: bool = False,
         attn_implementation: str | None = None,
         adapter: str | None = None,
@@ -127,6 +136,8 @@ class ReferenceModel:
             device: auto, cpu, cuda, cuda:1, …; several visible GPUs share the model by layers.
             path: auto, packed or padded.
             token_budget: Tokens of a forward pass.
+            compilation: on compiles the packed path before the first pack, auto does so on a GPU
+                once it has worked two minutes, off never does.
             trust_remote_code: Run code that comes with the model.
             attn_implementation: Attention of the padded path.
             adapter: LoRA adapter to merge into the weights.
@@ -149,7 +160,13 @@ class ReferenceModel:
             quantization=quantization,
         )
         info = {"dtype_reason": dtype_reason, "quantization": quantization}
-        reference = cls(model, path=cast(AskedPath, path), token_budget=token_budget, info=info)
+        reference = cls(
+            model,
+            path=cast(AskedPath, path),
+            token_budget=token_budget,
+            compilation=cast(Compilation, compilation),
+            info=info,
+        )
         logger.info(
             "scoring in %s (%s) on %s, %d threads",
             reference.info["dtype"],
@@ -161,10 +178,15 @@ class ReferenceModel:
 
     @classmethod
     def from_model(
-        cls, model: Any, *, path: AskedPath = "auto", token_budget: int | None = None
+        cls,
+        model: Any,
+        *,
+        path: AskedPath = "auto",
+        token_budget: int | None = None,
+        compilation: Compilation = "auto",
     ) -> "ReferenceModel":
         """Score with an already loaded transformers causal LM; it is put into eval mode."""
-        return cls(model, path=path, token_budget=token_budget)
+        return cls(model, path=path, token_budget=token_budget, compilation=compilation)
 
     @property
     def model(self) -> Any:
@@ -224,10 +246,13 @@ class ReferenceModel:
         plan = self._plan(pairs)
         stats.useful_tokens = plan.useful_tokens
         sums = Sums(plan.num_sequences, squares=sum_squares)
+        if self.path == "packed" and self._compile_is_due():
+            self._compile_packs(plan)
         self._run(plan, sums, stats, self.path)
         self._retry_nonfinite(plan, sums, stats)
         scores = pair_scores(pairs, plan, sums, stats)
         stats.seconds = time.perf_counter() - started
+        self._worked_s += stats.seconds
         stats.token_budget = self.token_budget
         stats.peak_memory_bytes = peak_memory(self.device)
         return scores
@@ -285,6 +310,36 @@ class ReferenceModel:
             self.token_budget = max(_SMALLEST_BUDGET, min(self.token_budget, piece.num_tokens) // 2)
             logger.warning("out of memory: the token budget is now %d", self.token_budget)
             work.extend(_split(piece, plan, self.token_budget))
+
+    def _compile_is_due(self) -> bool:
+        if self._compilation == "auto":
+            return self.device.type == "cuda" and self._worked_s >= _COMPILE_AFTER_S
+        return self._compilation == "on"
+
+    def _compile_packs(self, plan: Plan) -> None:
+        """Compile the packed path, once, if the plan's first pack has the same sums with it."""
+        self._compilation = "off"
+        why_not = CompiledLayers.unserved(self.model)
+        pack = next(plan.iter_packs(), None)
+        if why_not is None and pack is not None:
+            started = time.perf_counter()
+            before = self._sums_of(pack, plan)
+            self._forward.compiled = CompiledLayers(self.model)
+            budget = error_budget(before, plan.num_scored[pack.sequences], self.dtype)
+            why_not, _error = fault(lambda: self._sums_of(pack, plan), before, budget)
+            why_not = why_not and f"compiled, the packed path {why_not}"
+            logger.info("compiled the packed path in %.0f s", time.perf_counter() - started)
+        if why_not:
+            self._forward.compiled = None
+            logger.warning("the packed path is not compiled: %s", why_not)
+        self.info["compiled"] = why_not or "yes"
+
+    def _sums_of(self, pack: Pack, plan: Plan) -> np.ndarray:
+        """float64 sums of the pack's sequences."""
+        sums = Sums(plan.num_sequences)
+        with self._forward.attending("packed"):
+            self._run_batch(pack, plan, sums, ScoringStats())
+        return sums.logps()[pack.sequences]
 
     def _retry_nonfinite(self, plan: Plan, sums: Sums, stats: ScoringStats) -> None:
         bad = [

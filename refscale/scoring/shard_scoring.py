@@ -55,6 +55,7 @@ class ScorerSettings:
     dtype_reason: str
     path: str
     token_budget: int | None
+    compilation: str
     trust_remote_code: bool
     attn_implementation: str | None
     adapter: str | None

@@ -163,3 +163,16 @@ def test_a_real_out_of_memory_halves_the_budget():
     assert reference.token_budget < 1 << 20
     assert scores.reason == [None] * len(pairs)
     np.testing.assert_allclose(scores.chosen_logps, wanted, rtol=0.01, atol=0.3)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_compiled_it_is_no_further_from_the_truth_either(name):
+    torch.compiler.reset()
+    half = build(*PACKED[name]).to("cuda", torch.bfloat16)
+    pairs = make_pairs(prompts=(9,) * 30 + (40,) * 10)
+    plain = ReferenceModel.from_model(half, token_budget=300, compilation="off").score(pairs)
+    reference = ReferenceModel.from_model(half, token_budget=300, compilation="on")
+    scores = reference.score(pairs, sum_squares=True)
+    assert reference.info["compiled"] == "yes"
+    np.testing.assert_allclose(scores.chosen_logps, plain.chosen_logps, rtol=0.01, atol=0.5)
+    np.testing.assert_allclose(scores.rejected_logps, plain.rejected_logps, rtol=0.01, atol=0.5)

@@ -1,7 +1,10 @@
 """Each model family on the packed and the padded path against its own logits, in fp32."""
 
+from functools import partial
+
 import numpy as np
 import pytest
+import torch
 from scoring_support import PACKED, PADDED, build, family, make_pairs, own_sums
 
 from refscale.errors import ModelError
@@ -68,3 +71,20 @@ def test_the_families_windows_and_caps_matter_here(name):
     pairs = make_pairs()
     sums = [own_sums(build(kind, c), pairs.prompt_ids, pairs.chosen_ids) for c in (config, without)]
     assert np.abs(sums[0] - sums[1]).max() > 0.1
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_compiled_layers_give_the_same_log_probs(monkeypatch, name):
+    # Captured as on a GPU, without the code generator, which takes a minute a model.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    model = build(*PACKED[name])
+    pairs = make_pairs()
+    reference = ReferenceModel.from_model(model, token_budget=64, compilation="on")
+    check(reference, pairs)
+    assert reference.info["compiled"] == "yes"
+    # One graph for the layers of a kind, whole, and one for the head.
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] <= 3
+    assert not any("forward" in vars(module) for module in model.modules()), "left compiled"

@@ -78,6 +78,7 @@ def settings(tiny_model):
         dtype_reason="asked for",
         path="auto",
         token_budget=None,
+        compilation="auto",
         trust_remote_code=False,
         attn_implementation=None,
         adapter=None,
