@@ -156,18 +156,14 @@ def packed_attention(
         ValueError: The layer asks for what a pack does not have, such as attention sinks.
     """
     assert attention_mask is None and not dropout, "a pack has neither mask nor dropout"
-    kind = query.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        # As SDPA does: rotated queries and keys of float32 weights come in float32, values do not.
-        half = torch.get_autocast_dtype(kind)
-        query, key, value = query.to(half), key.to(half), value.to(half)
     unknown = [n for n, x in others.items() if isinstance(x, Tensor) and n not in _HARMLESS]
     if unknown or is_causal is False:
         what = ", ".join(unknown) or "attention that is not causal"
         raise ValueError(f"{type(module).__name__} asks for {what}, which packs do not serve")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
     attend = _attend_compiled if torch.compiler.is_compiling() else _attend_pack
-    return attend(query, key, value, scale, sliding_window, softcap), None
+    return attend(query, key, value, scaling, sliding_window, softcap), None
 
 
 def _attend_pack(
@@ -180,6 +176,11 @@ def _attend_pack(
 ) -> Tensor:
     """All segments of the pack in work; (1, T, H, D)."""
     assert _layout is not None, "packed attention runs within attention.layout"
+    kind = query.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        # As SDPA does: rotated queries and keys of float32 weights come in float32, values do not.
+        half = torch.get_autocast_dtype(kind)
+        query, key, value = query.to(half), key.to(half), value.to(half)
     why_not = _no_varlen(query, value, softcap)
     if why_not is None:
         return _varlen(query, key, value, scale, window, _layout)

@@ -34,7 +34,7 @@ class Forward:
         config: The model's text config.
         head_served: Whether `logps.Head` describes the model's head; where it does not, log-probs
             are taken from the model's own logits, padded batches only.
-        compiled: The layers as packs take them, with the head to match; None runs them as they are.
+        compiled: The layers as packs take them; None takes them as they are.
     """
 
     def __init__(self, model: Any) -> None:
@@ -81,13 +81,7 @@ class Forward:
             hidden = self._hidden(batch).to(head.weight.device)
             hidden = hidden.index_select(0, to_device(batch.rows, hidden.device))
             targets = to_device(batch.targets, hidden.device)
-            logps, squares = token_logps(
-                hidden,
-                targets,
-                head,
-                sum_squares=sums.squares,
-                compiled=isinstance(batch, Pack) and self.compiled is not None,
-            )
+            logps, squares = token_logps(hidden, targets, head, sum_squares=sums.squares)
             _add(batch, sums, logps, squares)
             head_rows = len(batch.rows)
         stats.computed_tokens += batch.num_tokens

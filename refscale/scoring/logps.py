@@ -7,6 +7,8 @@ gradients: training has TRL's tiled head.
 Shapes: R rows, D hidden size, V vocabulary.
 """
 
+import logging
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 # Rows and vocabulary entries of a tile. CPU: 4 MiB in fp32, so that the tile is still in the cache
 # for its log-sum-exp. CUDA: large enough to fill the device, 1 GiB in fp32.
@@ -76,14 +80,15 @@ class _Tiles:
     exp of 49,152 entries adds 5 % to the product's time, with new tensors for each tile 120 %.
     """
 
-    def __init__(self, head: Head, num_rows: int, like: Tensor, *, compiled: bool) -> None:
-        self._head, self._compiled = head, compiled
+    def __init__(self, head: Head, num_rows: int, like: Tensor) -> None:
+        self._head = head
         rows, width = _TILE_CUDA if like.is_cuda else _TILE_CPU
         self.rows = max(1, min(rows, num_rows))
         self.width = min(width, len(head.weight))
         size = self.rows * self.width
         self._products = like.new_empty(size)
-        if not compiled:
+        self._fused = _fused_log_sum_exp(like.device)
+        if self._fused is None:
             single = like.dtype == torch.float32
             self._logits = self._products if single else like.new_empty(size, dtype=torch.float32)
             self._scratch = torch.empty_like(self._logits)
@@ -101,14 +106,18 @@ class _Tiles:
                 this tile.
             sum_squares: Whether the second is wanted.
         """
-        products = self._multiply(hidden, start)
-        if self._compiled:
+        products, at = self._multiply(hidden, start), targets - start
+        if self._fused is not None:
             head = self._head
-            one_pass = _compiled_normalisers()
-            return one_pass(
-                products, targets - start, exact, head.multiplier, head.softcap, sum_squares
+            return self._fused(
+                products,
+                at,
+                exact,
+                multiplier=head.multiplier,
+                softcap=head.softcap,
+                sum_squares=sum_squares,
             )
-        logits = self._put_exact(products, targets - start, exact)
+        logits = self._put_exact(products, at, exact)
         found = [self._log_sum_exp(logits)]
         if sum_squares:
             found.append(self._log_sum_exp(logits.mul_(2)))
@@ -146,33 +155,22 @@ class _Tiles:
         return logits[:, 0] - scratch[:, 0]
 
 
-def _normalisers(
-    products: Tensor,
-    at: Tensor,
-    exact: Tensor,
-    multiplier: float,
-    softcap: float | None,
-    sum_squares: bool,
-) -> list[Tensor]:
-    """As `_Tiles.normalisers`, from the products; `at` is each target's column of this tile.
-
-    Written to be compiled: then it reads the products and writes n numbers, where the steps of
-    `_Tiles` write the whole tile twice in fp32.
-    """
-    logits = products.float() * multiplier
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    column = torch.arange(products.shape[1], device=products.device)
-    logits = torch.where(column == at[:, None], exact[:, None], logits)
-    found = [torch.logsumexp(logits, dim=-1)]
-    if sum_squares:
-        found.append(torch.logsumexp(2 * logits, dim=-1))
-    return found
-
-
 @cache
-def _compiled_normalisers() -> Callable[..., list[Tensor]]:
-    return torch.compile(_normalisers, dynamic=True, fullgraph=True)
+def _fused_log_sum_exp(device: torch.device) -> Callable[..., list[Tensor]] | None:
+    """The kernel that does the steps of `_Tiles` in one, where it runs."""
+    if device.type != "cuda":
+        return None
+    try:
+        # Comes with torch on CUDA alone, and needs a C compiler.
+        from refscale.scoring.fused_head import log_sum_exp
+
+        one = torch.ones(1, 1, device=device)
+        at = torch.zeros(1, dtype=torch.int64, device=device)
+        log_sum_exp(one, at, one[0], multiplier=1.0, softcap=None, sum_squares=False)
+    except (ImportError, RuntimeError, OSError, subprocess.SubprocessError) as exc:
+        logger.warning("log-probs take several passes instead of one: %s", exc)
+        return None
+    return log_sum_exp
 
 
 @torch.no_grad()
@@ -182,7 +180,6 @@ def token_logps(
     head: Head,
     *,
     sum_squares: bool = False,
-    compiled: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-prob of each row's target given its prefix, in nats.
 
@@ -195,12 +192,11 @@ def token_logps(
         targets: int64 (R,).
         head: The output head.
         sum_squares: Also return log sum_v p(v)^2 (the alignment term of WPO, arXiv 2406.11827).
-        compiled: Fuse what follows the products into one pass, with torch.compile.
 
     Returns:
         fp32 (R,) log-probs, and fp32 (R,) log of the summed squares or None.
     """
-    tiles = _Tiles(head, len(hidden), hidden, compiled=compiled)
+    tiles = _Tiles(head, len(hidden), hidden)
     logps = hidden.new_empty(len(hidden), dtype=torch.float32)
     squares = torch.empty_like(logps) if sum_squares else None
     for first in range(0, len(hidden), tiles.rows):

@@ -1,7 +1,6 @@
 """Tiled log-probs against log_softmax of the whole logits in float64."""
 
 import types
-from functools import partial
 
 import pytest
 import torch
@@ -173,19 +172,3 @@ def test_the_head_scales_logits_as_the_config_says(fields, multiplier):
     head = Head.of(model)
     assert head.multiplier == multiplier
     assert head.weight is linear.weight and head.bias is linear.bias
-
-
-@pytest.mark.parametrize("options", HEADS, ids=str)
-def test_the_compiled_pass_finds_the_same(monkeypatch, options):
-    # Without the code generator, which takes a minute and whose roundings have a test on a GPU.
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(logps, "_TILE_CPU", (64, 100))
-    logps._compiled_normalisers.cache_clear()
-    head = make_head(**options)
-    hidden, targets = make_rows()
-    try:
-        found = token_logps(hidden, targets, head, sum_squares=True, compiled=True)
-    finally:
-        logps._compiled_normalisers.cache_clear()
-    wanted = token_logps(hidden, targets, head, sum_squares=True)
-    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=2e-5)
