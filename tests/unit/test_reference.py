@@ -1,5 +1,7 @@
 """The reference model: parity with TRL, invariance, retries, self-check."""
 
+import types
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -9,6 +11,7 @@ from transformers import masking_utils
 
 from refscale.errors import ModelError
 from refscale.scoring import attention, forward, logps
+from refscale.scoring import reference as reference_module
 from refscale.scoring.devices import is_out_of_memory
 from refscale.scoring.flops import Flops
 from refscale.scoring.forward import Forward
@@ -381,6 +384,66 @@ def test_a_forced_path_that_fails_is_an_error(llama, packed_attention_as):
     reference = ReferenceModel.from_model(llama, path="packed")
     with pytest.raises(ModelError, match=r"packed path is off by .* use score.path: auto"):
         reference.self_check(make_pairs(12))
+
+
+def test_a_path_that_cannot_be_compiled_is_taken_as_it_is(llama, monkeypatch, caplog):
+    def no_compiler(function, **options):
+        def broken(*args, **named):
+            raise RuntimeError("no C compiler")
+
+        return broken
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    pairs = make_pairs()
+    wanted = ReferenceModel.from_model(llama, compilation="off").score(pairs)
+    reference = ReferenceModel.from_model(llama, compilation="on")
+    for _ in "ab":  # it is not tried again
+        np.testing.assert_array_equal(both(reference.score(pairs)), both(wanted))
+    assert [record.message for record in caplog.records] == [
+        "the packed path is not compiled: compiled, it breaks off: no C compiler"
+    ]
+    assert reference.info["compiled"] == "no: compiled, it breaks off: no C compiler"
+
+
+def test_a_path_that_is_wrong_once_compiled_is_taken_as_it_is(llama, monkeypatch):
+    def off_by_a_bit(function, **options):
+        return lambda *args, **named: function(*args, **named) * 1.1
+
+    monkeypatch.setattr(torch, "compile", off_by_a_bit)
+    pairs = make_pairs()
+    reference = ReferenceModel.from_model(llama, compilation="on")
+    scores = reference.score(pairs)
+    assert reference.info["compiled"].startswith("no: compiled, it is off by")
+    wanted = ReferenceModel.from_model(llama, compilation="off").score(pairs)
+    np.testing.assert_array_equal(both(scores), both(wanted))
+
+
+def test_only_long_work_on_a_gpu_is_compiled_unasked(llama, monkeypatch):
+    monkeypatch.setattr(reference_module, "_COMPILE_AFTER_S", 0.0)
+    on_cpu = ReferenceModel.from_model(llama)
+    on_cpu.score(make_pairs())
+    assert "compiled" not in on_cpu.info
+    monkeypatch.setattr(ReferenceModel, "device", types.SimpleNamespace(type="cuda"))
+    assert on_cpu._compile_is_due()
+    monkeypatch.setattr(reference_module, "_COMPILE_AFTER_S", 3600.0)
+    assert not on_cpu._compile_is_due()
+
+
+@pytest.mark.parametrize(
+    ("facts", "why"),
+    [
+        ({"hf_device_map": {"model": 0, "lm_head": 1}}, "its layers are on several GPUs"),
+        ({"is_quantized": True}, "its weights are quantised"),
+    ],
+    ids=["several GPUs", "quantised"],
+)
+def test_what_is_not_compiled_is_said(monkeypatch, facts, why):
+    model = build(*PACKED["llama"])
+    for name, value in facts.items():
+        monkeypatch.setattr(model, name, value, raising=False)
+    reference = ReferenceModel.from_model(model, compilation="on")
+    reference.score(make_pairs())
+    assert reference.info["compiled"] == f"no: {why}"
 
 
 def test_a_forced_path_that_is_not_served_is_an_error():
