@@ -60,6 +60,8 @@ def ours(
 
     def score(pairs: EncodedPairs) -> Columns:
         scores = reference.score(pairs)
+        if compilation == "on" and reference.info["compiled"] != "yes":
+            raise RuntimeError(f"not compiled: {reference.info['compiled']}")
         return scores.chosen_logps, scores.rejected_logps
 
     return reference, score

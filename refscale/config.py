@@ -166,8 +166,8 @@ class ScoreConfig(Section):
     )
     compile: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="torch.compile of the packed path. auto: on a GPU, once a replica has worked a"
-        " minute.",
+        description="torch.compile of the packed path, which changes roundings. auto: on a GPU,"
+        " from the first shard after a replica's first minute.",
     )
     quantization: Literal["8bit", "4bit"] | None = Field(
         None,

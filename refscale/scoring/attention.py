@@ -162,7 +162,8 @@ def packed_attention(
         raise ValueError(f"{type(module).__name__} asks for {what}, which packs do not serve")
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    attend = _attend_compiled if torch.compiler.is_compiling() else _attend_pack
+    opaque = torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    attend = _attend_compiled if opaque else _attend_pack
     return attend(query, key, value, scaling, sliding_window, softcap), None
 
 
@@ -193,7 +194,7 @@ def _attend_pack(
 
 
 # One node of a compiled layer's graph, so that the layout is read when a pack runs and not when the
-# layer is compiled. Without gradients: scoring compiles, training does not.
+# layer is compiled. It has no gradients, which only scoring does without.
 @torch.library.custom_op("refscale::packed_attention", mutates_args=())
 def _attend_compiled(
     query: Tensor,

@@ -21,7 +21,7 @@ class CompiledLayers:
     """
 
     def __init__(self, model: Any) -> None:
-        layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        layers = _layers(model)
         # Sizes are unknown from the start: packs differ, and each new size would compile again.
         compiled = {
             kind: torch.compile(kind.forward, dynamic=True) for kind in {type(m) for m in layers}
@@ -35,8 +35,11 @@ class CompiledLayers:
             return "its layers are on several GPUs"
         if getattr(model, "is_quantized", False):
             return "its weights are quantised"
-        if not any(isinstance(m, GradientCheckpointingLayer) for m in model.modules()):
+        layers = _layers(model)
+        if not layers:
             return f"{type(model).__name__} has no layers of a known kind"
+        if any("forward" in vars(layer) for layer in layers):
+            return "something else stands in for its layers' forward"
         return None
 
     @contextmanager
@@ -49,3 +52,7 @@ class CompiledLayers:
         finally:
             for layer, _forward in self._forwards:
                 del layer.forward
+
+
+def _layers(model: Any) -> list[Any]:
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]

@@ -8,7 +8,6 @@ Shapes: R rows, D hidden size, V vocabulary.
 """
 
 import logging
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from refscale.scoring.devices import is_out_of_memory
+
 logger = logging.getLogger(__name__)
+
+LogSumExp = Callable[..., list[Tensor]]
+
+_NO_KERNEL = "log-probs take several passes over each tile instead of one: %s"
 
 # Rows and vocabulary entries of a tile. CPU: 4 MiB in fp32, so that the tile is still in the cache
 # for its log-sum-exp. CUDA: large enough to fill the device, 1 GiB in fp32.
@@ -87,7 +92,7 @@ class _Tiles:
         self.width = min(width, len(head.weight))
         size = self.rows * self.width
         self._products = like.new_empty(size)
-        self._fused = _fused_log_sum_exp(like.device)
+        self._fused = _fused_log_sum_exp(like.device, like.dtype)
         if self._fused is None:
             single = like.dtype == torch.float32
             self._logits = self._products if single else like.new_empty(size, dtype=torch.float32)
@@ -156,30 +161,30 @@ class _Tiles:
 
 
 @cache
-def _fused_log_sum_exp(device: torch.device) -> Callable[..., list[Tensor]] | None:
-    """The kernel that does the steps of `_Tiles` in one, where it runs."""
+def _fused_log_sum_exp(device: torch.device, dtype: torch.dtype) -> LogSumExp | None:
+    """The kernel that does the steps of `_Tiles` in one, where it can be built."""
     if device.type != "cuda":
         return None
     try:
-        # Comes with torch on CUDA alone, and needs a C compiler.
-        from refscale.scoring.fused_head import log_sum_exp
-
-        one = torch.ones(1, 1, device=device)
-        at = torch.zeros(1, dtype=torch.int64, device=device)
-        log_sum_exp(one, at, one[0], multiplier=1.0, softcap=None, sum_squares=False)
-    except (ImportError, RuntimeError, OSError, subprocess.SubprocessError) as exc:
-        logger.warning("log-probs take several passes instead of one: %s", exc)
+        from refscale.scoring import fused_head  # triton comes with torch on CUDA alone
+    except ImportError as exc:
+        logger.warning(_NO_KERNEL, exc)
         return None
-    return log_sum_exp
+    products = torch.zeros(2, 3, device=device, dtype=dtype)
+    at, exact = torch.tensor([0, 1], device=device), torch.zeros(2, device=device)
+    try:
+        fused_head.log_sum_exp(products, at, exact, multiplier=1.0, softcap=None, sum_squares=False)
+    except fused_head.BUILD_FAILS as exc:
+        if is_out_of_memory(exc):
+            raise
+        logger.warning(_NO_KERNEL, exc)
+        return None
+    return fused_head.log_sum_exp
 
 
 @torch.no_grad()
 def token_logps(
-    hidden: Tensor,
-    targets: Tensor,
-    head: Head,
-    *,
-    sum_squares: bool = False,
+    hidden: Tensor, targets: Tensor, head: Head, *, sum_squares: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Log-prob of each row's target given its prefix, in nats.
 

@@ -12,6 +12,7 @@ Which one a model takes is decided by what is known of its architecture and prov
 pairs (self_check.py).
 """
 
+import gc
 import logging
 import time
 from collections.abc import Iterable
@@ -61,8 +62,8 @@ ENGINE_VERSION = 2
 NONFINITE = "nonfinite_logp"
 OUT_OF_MEMORY = "out_of_memory"
 _SMALLEST_BUDGET = 64  # tokens
-# Compiling took 10 to 17 s and saves 17 to 28 % of the time after (H200, 8B and 0.5B): work that has
-# lasted this long is taken to last longer.
+# Compiling took 10 to 17 s and saves 17 to 28 % of the time after (H200, 8B and 0.5B): work that
+# has lasted this long is taken to last longer.
 _COMPILE_AFTER_S = 60.0
 
 Path = Literal["packed", "padded"]
@@ -223,6 +224,7 @@ class ReferenceModel:
         on_gpu = self.device.type == "cuda"
         del self._forward
         if on_gpu:
+            gc.collect()  # compiled layers hold on to themselves
             torch.cuda.empty_cache()
 
     @torch.inference_mode()
@@ -246,7 +248,7 @@ class ReferenceModel:
         plan = self._plan(pairs)
         stats.useful_tokens = plan.useful_tokens
         sums = Sums(plan.num_sequences, squares=sum_squares)
-        if self.path == "packed" and self._compile_is_due():
+        if self._compile_is_due():
             self._compile_packs(plan)
         self._run(plan, sums, stats, self.path)
         self._retry_nonfinite(plan, sums, stats)
@@ -313,7 +315,8 @@ class ReferenceModel:
 
     def _compile_is_due(self) -> bool:
         if self._compilation == "auto":
-            return self.device.type == "cuda" and self._worked_s >= _COMPILE_AFTER_S
+            worked = self.path == "packed" and self._worked_s >= _COMPILE_AFTER_S
+            return worked and self.device.type == "cuda"
         return self._compilation == "on"
 
     def _compile_packs(self, plan: Plan) -> None:
@@ -322,29 +325,38 @@ class ReferenceModel:
         if pack is None:
             return
         self._compilation = "off"
-        why_not = CompiledLayers.unserved(self.model)
-        if why_not is None:
-            started = time.perf_counter()
-            plain = self._sums_of(pack, plan)
-            self._forward.compiled = CompiledLayers(self.model)
-            budget = error_budget(plain, plan.num_scored[pack.sequences], self.dtype)
-            wrong, error = fault(lambda: self._sums_of(pack, plan), plain, budget)
-            if wrong:
-                self._forward.compiled = None
-                why_not = f"compiled, it {wrong}"
-            else:
-                took = time.perf_counter() - started
-                logger.info("compiled in %.0f s; sums differ by %.2g nats at most", took, error)
+        why_not = "pairs are scored in padded batches" if self.path == "padded" else None
+        why_not = why_not or CompiledLayers.unserved(self.model) or self._try_compiled(pack, plan)
         if why_not:
             logger.warning("the packed path is not compiled: %s", why_not)
         self.info["compiled"] = f"no: {why_not}" if why_not else "yes"
 
-    def _sums_of(self, pack: Pack, plan: Plan) -> np.ndarray:
-        """float64 sums of the pack's sequences."""
-        sums = Sums(plan.num_sequences)
-        with self._forward.attending("packed"):
-            self._run_batch(pack, plan, sums, ScoringStats())
-        return sums.logps()[pack.sequences]
+    def _try_compiled(self, pack: Pack, plan: Plan) -> str | None:
+        """Compile for this pack; if that does not do, take it back and say why."""
+
+        def compute() -> np.ndarray:
+            # Not in pieces where memory ends: what compiling needs is not what the budget is for.
+            sums = Sums(plan.num_sequences)
+            with self._forward.attending("packed"):
+                self._forward.score(pack, sums, ScoringStats())
+            return sums.logps()[pack.sequences]
+
+        started = time.perf_counter()
+        try:
+            plain = compute()
+            self._forward.compiled = CompiledLayers(self.model)
+            budget = error_budget(plain, plan.num_scored[pack.sequences], self.dtype)
+            wrong, error = fault(compute, plain, budget, of="what it is as it is")
+        except RuntimeError as exc:
+            if not is_out_of_memory(exc):
+                raise
+            wrong = "does not fit into memory"
+        if wrong:
+            self._forward.compiled = None
+            return f"compiled, it {wrong}"
+        took = time.perf_counter() - started
+        logger.info("compiled in %.0f s; sums differ by %.2g nats at most", took, error)
+        return None
 
     def _retry_nonfinite(self, plan: Plan, sums: Sums, stats: ScoringStats) -> None:
         bad = [

@@ -67,9 +67,15 @@ def error_budget(sums: np.ndarray, num_tokens: np.ndarray, dtype: torch.dtype) -
 
 
 def fault(
-    compute: Callable[[], np.ndarray], truth: np.ndarray, budget: np.ndarray
+    compute: Callable[[], np.ndarray],
+    truth: np.ndarray,
+    budget: np.ndarray,
+    *,
+    of: str = "the model's own logits",
 ) -> tuple[str | None, float]:
     """What is wrong with a path's sums, None if they are within the budget; the largest error.
+
+    `of` names the truth.
 
     Sequences whose truth is not finite say nothing; a path that raises has failed, with an infinite
     error, unless it ran out of memory.
@@ -78,7 +84,14 @@ def fault(
         sums = compute()
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as exc:
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        LookupError,
+        AssertionError,
+    ) as exc:
         # Whatever a foreign architecture does with packs, there is another path.
         return f"breaks off: {exc}", float("inf")
     known = np.isfinite(truth)
@@ -87,4 +100,4 @@ def fault(
     largest = float(difference.max(initial=0.0))
     if (difference <= budget[known]).all():
         return None, largest
-    return f"is off by {largest:.3g} nats from the model's own logits", largest
+    return f"is off by {largest:.3g} nats from {of}", largest

@@ -166,6 +166,23 @@ def test_gradients_are_those_of_the_dense_computation():
         torch.testing.assert_close(grad, other, rtol=1e-9, atol=1e-10)
 
 
+def test_compiled_it_is_one_node_for_scoring_and_has_gradients_for_training():
+    segments = make_segments()
+    compiled = torch.compile(packed_attention, backend="eager", fullgraph=False)
+    inputs = tensors(segments)
+    with layout(Layout(segments)):
+        wanted, _ = packed_attention(None, *inputs, None)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(None, *inputs, None)[0], wanted)
+        query = inputs[0].requires_grad_()
+        found, _ = compiled(None, query, *inputs[1:], None)
+        torch.testing.assert_close(found, wanted)
+        (gradient,) = torch.autograd.grad(found.square().sum(), query)
+        plain, _ = packed_attention(None, query, *inputs[1:], None)
+        (known,) = torch.autograd.grad(plain.square().sum(), query)
+        torch.testing.assert_close(gradient, known)
+
+
 def test_bfloat16_is_no_further_from_the_truth_than_a_plain_sdpa_call():
     segments = make_segments(trees=6)
     query, key, value = tensors(segments, size=64, dtype=torch.bfloat16)

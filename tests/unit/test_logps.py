@@ -1,6 +1,7 @@
 """Tiled log-probs against log_softmax of the whole logits in float64."""
 
 import types
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -172,3 +173,12 @@ def test_the_head_scales_logits_as_the_config_says(fields, multiplier):
     head = Head.of(model)
     assert head.multiplier == multiplier
     assert head.weight is linear.weight and head.bias is linear.bias
+
+
+@pytest.mark.skipif(find_spec("triton") is not None, reason="needs a torch without triton")
+def test_a_gpu_without_triton_takes_the_steps_and_says_so(caplog):
+    logps._fused_log_sum_exp.cache_clear()
+    assert logps._fused_log_sum_exp(torch.device("cuda"), torch.float32) is None
+    assert [record.message for record in caplog.records] == [
+        "log-probs take several passes over each tile instead of one: No module named 'triton'"
+    ]

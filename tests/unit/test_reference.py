@@ -418,15 +418,39 @@ def test_a_path_that_is_wrong_once_compiled_is_taken_as_it_is(llama, monkeypatch
     np.testing.assert_array_equal(both(scores), both(wanted))
 
 
-def test_only_long_work_on_a_gpu_is_compiled_unasked(llama, monkeypatch):
-    monkeypatch.setattr(reference_module, "_COMPILE_AFTER_S", 0.0)
-    on_cpu = ReferenceModel.from_model(llama)
-    on_cpu.score(make_pairs())
-    assert "compiled" not in on_cpu.info
+def test_only_long_work_on_a_gpu_is_compiled_unasked(monkeypatch):
+    monkeypatch.setattr(reference_module, "_COMPILE_AFTER_S", 1e-9)
+    reference = ReferenceModel.from_model(build(*PACKED["llama"]))
+    pairs = make_pairs()
+    reference.score(pairs)
+    reference.score(pairs)
+    assert "compiled" not in reference.info
+    fresh = ReferenceModel.from_model(build(*PACKED["llama"]))
     monkeypatch.setattr(ReferenceModel, "device", types.SimpleNamespace(type="cuda"))
-    assert on_cpu._compile_is_due()
+    assert not fresh._compile_is_due()
+    assert reference._compile_is_due()
     monkeypatch.setattr(reference_module, "_COMPILE_AFTER_S", 3600.0)
-    assert not on_cpu._compile_is_due()
+    assert not reference._compile_is_due()
+
+
+def test_a_compilation_without_memory_costs_no_budget(llama, monkeypatch):
+    def no_memory(function, **options):
+        def broken(*args, **named):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        return broken
+
+    monkeypatch.setattr(torch, "compile", no_memory)
+    reference = ReferenceModel.from_model(llama, compilation="on", token_budget=64)
+    reference.score(make_pairs())
+    assert reference.info["compiled"] == "no: compiled, it does not fit into memory"
+    assert reference.token_budget == 64
+
+
+def test_the_padded_path_says_that_it_is_not_compiled(llama):
+    reference = ReferenceModel.from_model(llama, path="padded", compilation="on")
+    reference.score(make_pairs())
+    assert reference.info["compiled"] == "no: pairs are scored in padded batches"
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_compiled_layers_give_the_same_log_probs(monkeypatch, name):
     reference = ReferenceModel.from_model(model, token_budget=64, compilation="on")
     check(reference, pairs)
     assert reference.info["compiled"] == "yes"
-    # One graph for the layers of a kind, whole, and one for the head.
+    # One whole graph for all layers of a kind: some have two, with and without a window.
     counters = torch._dynamo.utils.counters
-    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] <= 3
+    assert not counters["graph_break"] and 1 <= counters["stats"]["unique_graphs"] <= 2
     assert not any("forward" in vars(module) for module in model.modules()), "left compiled"
