@@ -62,7 +62,10 @@ def _begun(folder: StageFolder) -> str:
     if not folder.store.exists(folder.file(STAGE_FILE)):
         return "not done"
     if folder.stage == "policy":
-        log = read_log(StageFolder(folder.store, "training"))
+        try:
+            log = read_log(StageFolder(folder.store, "training"))
+        except ValueError:
+            return "unfinished, its log is damaged"
         if not log:
             return "begun"
         return f"unfinished, step {log[-1].get('step', 0)} of {log[-1].get('max_steps', '?')}"

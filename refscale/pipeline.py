@@ -505,7 +505,8 @@ def evaluate(run: Run) -> dict[str, Any]:
         shard_scoring.read_pairs(corpus, holdout_up_to=last),
         holdout.publish_evaluation(folder, corpus, scores),
     )
-    facts: dict[str, Any] = {"beta": config.train.beta}
+    unscorable = _tally(reason for r in records for _, reason in r.counts["unscorable"])
+    facts: dict[str, Any] = {"beta": config.train.beta, "unscorable": unscorable}
     if held:
         table = summary.read_all(folder, records, schema.EVALUATION)
         if not table.num_rows:

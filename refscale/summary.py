@@ -214,6 +214,8 @@ def evaluation_lines(facts: Mapping[str, Any]) -> Lines:
         ):
             before, after = metrics[name]["before"], metrics[name]["after"]
             lines.append((label, f"{_estimate(before)} before, {_estimate(after)} after"))
+    for reason, count in facts["unscorable"].items():
+        lines.append(("left out", f"{count:,} pairs that the policy cannot score: {reason}"))
     if "purity" in facts:
         purity = facts["purity"]
         for name, label in (

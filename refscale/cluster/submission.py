@@ -26,7 +26,7 @@ from typing import Any
 from refscale.config import Config, dump_config
 from refscale.config_file import load_config
 from refscale.errors import ConfigError, RefscaleError
-from refscale.progress import say
+from refscale.progress import say, visible
 from refscale.secrets import refuse_secrets
 
 STAGES = ("run", "prepare", "score", "select", "train", "evaluate", "report")
@@ -199,7 +199,7 @@ def _follow(client: Any, job: str) -> None:
         # A new connection starts at the log's beginning.
         nonlocal shown
         fresh = text[max(0, shown - seen) :]
-        sys.stdout.write(fresh)
+        sys.stdout.write(visible(fresh.replace("\r", "\n")))
         sys.stdout.flush()
         shown += len(fresh)
         return seen + len(text)

@@ -313,7 +313,8 @@ def _evaluation(data: ReportData) -> Values | None:
     details = _details(data, "evaluation")
     if details is None:
         return None
-    return {name: details.get(name) for name in ("beta", "overall", "sources", "purity")}
+    names = ("beta", "overall", "sources", "purity", "unscorable")
+    return {name: details.get(name) for name in names}
 
 
 def _stages(data: ReportData) -> list[Values]:

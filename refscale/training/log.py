@@ -37,12 +37,18 @@ class TrainingLog:
 
     Args:
         folder: The training stage's folder.
-        resumed: Keep what the folder holds; the steps that are repeated are replaced.
+        resumed: Keep what the folder holds; the steps that are repeated are replaced. A damaged
+            log is begun anew.
     """
 
     def __init__(self, folder: StageFolder, *, resumed: bool) -> None:
         self._folder, self._published = folder, -math.inf
-        self._rows = read_log(folder) if resumed else []
+        self._rows: list[dict[str, Any]] = []
+        if resumed:
+            try:
+                self._rows = read_log(folder)
+            except ValueError:
+                logger.warning("%s is damaged and begins anew", folder.file(LOG_FILE))
 
     def add(self, row: dict[str, Any]) -> None:
         """Append a step's metrics; values that strict JSON cannot hold are left out."""
@@ -64,7 +70,11 @@ class TrainingLog:
 
 
 def read_log(folder: StageFolder) -> list[dict[str, Any]]:
-    """The rows of a training, in the order of their steps; none where it has not logged yet."""
+    """The rows of a training, in the order of their steps; none where it has not logged yet.
+
+    Raises:
+        ValueError: The log is damaged.
+    """
     path = folder.file(LOG_FILE)
     if not folder.store.exists(path):
         return []
@@ -98,7 +108,10 @@ class TrainingProgress:
     def _watch(self) -> None:
         shown = ""
         while not self._stop.wait(_LOOKED_AT_EVERY_S):
-            rows = read_log(self._folder)
+            try:
+                rows = read_log(self._folder)
+            except ValueError:
+                continue  # the training begins it anew
             # A step's line grows when the holdout is measured after it.
             if rows and (line := training_line(rows[-1])) != shown:
                 shown = line

@@ -238,6 +238,8 @@ def test_status_of_what_is_being_worked_on_counts_what_there_is(run, capsys):
     StageFolder(run, "training").begin({})
     run.write_bytes("training/log.jsonl", b'{"step": 7, "max_steps": 20}\n')
     assert status(run, capsys)[3] == "train     unfinished, step 7 of 20"
+    run.write_bytes("training/log.jsonl", b'{"step"')
+    assert status(run, capsys)[3] == "train     unfinished, its log is damaged"
 
 
 def test_status_tells_a_stage_that_was_made_from_another_one(run, capsys):

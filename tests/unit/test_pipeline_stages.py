@@ -115,7 +115,8 @@ def test_what_was_scored_is_what_training_starts_from(made, tmp_path):
 def test_a_sample_of_the_holdout_is_evaluated_in_one_dtype(made, tiny_model, capsys):
     corpus = {**made().config.corpus.model_dump(), "holdout_fraction": 0.5}
     evaluate = {"max_pairs": 4}
-    run = made(corpus=corpus, evaluate=evaluate)
+    in_float32 = {**made().config.model.model_dump(), "dtype": "float32"}
+    run = made(corpus=corpus, evaluate=evaluate, model=in_float32)
     pipeline.prepare(run)
     pipeline.score(run)
     run.folder("selection").begin({})
@@ -130,7 +131,7 @@ def test_a_sample_of_the_holdout_is_evaluated_in_one_dtype(made, tiny_model, cap
     in_bf16 = made(
         corpus=corpus,
         evaluate=evaluate,
-        model={**run.config.model.model_dump(), "dtype": "bfloat16"},
+        model={**in_float32, "dtype": "bfloat16"},
     )
     with pytest.raises(FingerprintError, match="dtype = float32, now it is bfloat16"):
         pipeline.evaluate(in_bf16)

@@ -308,6 +308,23 @@ def test_the_token_is_used_when_there_is_one(tmp_path, monkeypatch, capsys):
     assert CANARY not in capsys.readouterr().err
 
 
+def test_a_jobs_log_cannot_drive_the_terminal(monkeypatch, capsys):
+    pieces = iter([["one\x1b[2J\n", "50%\r100%\n"], ["one\x1b[2J\n50%\r100%\n", "two\n"]])
+
+    async def tail(client, job, show):
+        seen = 0
+        for text in next(pieces):
+            seen = show(text, seen)
+        if text != "two\n":
+            raise ConnectionError("lost")
+
+    monkeypatch.setattr(submission, "_tail", tail)
+    monkeypatch.setattr(submission, "_poll", lambda client, job, what: "RUNNING")
+    monkeypatch.setattr(submission, "_ray_errors", lambda: (ConnectionError,))
+    submission._follow(None, "job")
+    assert capsys.readouterr().out == "one\\x1b[2J\n50%\n100%\ntwo\n"
+
+
 def test_wrong_stages_are_refused_before_anything_is_sent(tmp_path):
     with pytest.raises(ConfigError, match="known: run, prepare"):
         submission.submit("absent.yaml", str(tmp_path), stage="prepair")

@@ -30,6 +30,16 @@ def test_the_log_is_whole_lines_and_repeated_steps_replace_the_earlier(tmp_path:
     assert read_log(folder) == []
 
 
+def test_a_damaged_log_begins_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = StageFolder(Store(str(tmp_path)), "training")
+    folder.store.write_bytes("training/log.jsonl", b'{"step": 1}\n{"st')
+    log = TrainingLog(folder, resumed=True)
+    assert "training/log.jsonl is damaged and begins anew" in caplog.text
+    log.add({"step": 2})
+    log.publish()
+    assert read_log(folder) == [{"step": 2}]
+
+
 def test_a_log_that_cannot_be_written_now_is_written_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
