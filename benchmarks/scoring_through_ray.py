@@ -18,7 +18,8 @@ from common import Row, spread
 
 from refscale import pipeline, schema
 from refscale.cluster.runtime import disconnect
-from refscale.config import parse_config
+from refscale.config import Config, parse_config
+from refscale.corpus.encoding import EncoderSettings, tokenizer_fingerprint
 from refscale.progress import say
 from refscale.run import Run
 from refscale.scoring.encoded_pairs import EncodedPairs
@@ -44,7 +45,7 @@ def ray_rows(
             }
         )
         run = Run(Store(str(Path(work) / "run")), config)
-        tables = _write_corpus(run.folder("corpus"), pairs, arguments.repeats + 1)
+        tables = _write_corpus(run.folder("corpus"), config, pairs, arguments.repeats + 1)
         say(f"{corpus}, {dtype}: {len(tables)} shards of {len(pairs)} pairs through Ray")
         try:
             pipeline.score(run)
@@ -85,12 +86,18 @@ def _model_folder(arguments: argparse.Namespace, folder: Path) -> str:
         return arguments.model
     model = models.build(arguments.model, torch.float32, torch.device("cpu"), arguments.seed)
     model.save_pretrained(folder)
+    models.stand_in_tokenizer(model).save_pretrained(folder)
     return str(folder)
 
 
-def _write_corpus(folder: StageFolder, pairs: EncodedPairs, num_shards: int) -> list[Any]:
+def _write_corpus(
+    folder: StageFolder, config: Config, pairs: EncodedPairs, num_shards: int
+) -> list[Any]:
     """A finished corpus stage whose shards all hold the same ids; the shards' tables."""
-    fingerprint = {"made_by": "bench_scoring"}
+    fingerprint = {
+        "encoding": config.encoding.model_dump(),
+        "tokenizer": tokenizer_fingerprint(EncoderSettings.of(config, None)),
+    }
     folder.begin(fingerprint)
     count = len(pairs)
     records, tables = [], []
