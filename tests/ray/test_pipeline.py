@@ -1,6 +1,8 @@
 """The whole product through its command line: one run of all stages on a tiny model."""
 
+import importlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -260,3 +262,20 @@ def test_too_many_refused_rows_end_with_exit_code_3(tmp_path, tiny_model, ray_se
     assert main(["prepare", str(config), "--run-dir", str(tmp_path / "run")]) == 3
     said = capsys.readouterr().err
     assert "empty_chosen" in said and "missing_field" in said
+
+
+def test_the_scoring_benchmark_compares_a_replica_with_a_bare_process(
+    tmp_path, ray_session, monkeypatch
+):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    monkeypatch.setenv("REFSCALE_COMMIT", "0" * 40)
+    bench_scoring = importlib.import_module("bench_scoring")
+    found = tmp_path / "result.json"
+    asked = "--model tiny-shape --dtype float32 --corpora hh-like --pairs 6 --repeats 2"
+    asked += f" --oracle-pairs 2 --scorers packed --through-ray --out {found}"
+    assert bench_scoring.main(asked.split()) == 0
+    rows = {row["scorer"]: row for row in json.loads(found.read_text())["rows"]}
+    through_ray = rows["refscale packed, one replica through Ray"]
+    assert through_ray["pairs_per_s"]["repeats"] == 2
+    assert 0 < through_ray["of_bare_process"]
+    assert rows["refscale packed"]["largest_error_nats"] < 1e-3

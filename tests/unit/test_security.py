@@ -295,7 +295,8 @@ def test_the_entry_point_quotes_what_a_shell_would_read():
 def test_the_token_is_used_when_there_is_one(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "absent"))
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
-    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "")  # so that what the code sets is taken back
+    monkeypatch.delenv("RAY_AUTH_MODE")
     submission._enable_token()
     assert "RAY_AUTH_MODE" not in os.environ
     assert "accepts anyone's" in capsys.readouterr().err.replace("\n", " ")
