@@ -63,8 +63,8 @@ NONFINITE = "nonfinite_logp"
 OUT_OF_MEMORY = "out_of_memory"
 _SMALLEST_BUDGET = 64  # tokens
 # Compiling took 10 to 17 s and saves 17 to 28 % of the time after (H200, 8B and 0.5B): work that
-# has lasted this long is taken to last longer. On a CPU it is 4 % at most (Zen 4, bf16), and oneDNN's
-# products in fp32 are not compiled.
+# has lasted this long is taken to last longer. On a CPU it saves 4 % at most (Zen 4, bf16), and
+# oneDNN's products in fp32 are not compiled.
 _COMPILE_AFTER_S = 60.0
 
 Path = Literal["packed", "padded"]
