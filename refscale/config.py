@@ -167,7 +167,7 @@ class ScoreConfig(Section):
     compile: Literal["auto", "on", "off"] = Field(
         "auto",
         description="torch.compile of the packed path, which changes roundings. auto: on a GPU,"
-        " from the first shard after a replica's first minute.",
+        " from the first shard after a replica has scored for a minute; on: from the first shard.",
     )
     quantization: Literal["8bit", "4bit"] | None = Field(
         None,
