@@ -52,6 +52,7 @@ CONFIG = """\
 # refscale's demo: does the reference model know which labels are right?
 model:
   model_name_or_path: {model}
+  dtype: float32  # auto would be bfloat16 on some CPUs, with other figures
 corpus:
   sources:
     - path: train.jsonl
