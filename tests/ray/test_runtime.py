@@ -127,8 +127,8 @@ def test_actor_that_always_dies_ends_with_an_error_after_its_attempts(tmp_path):
     step = actors("exit always", log=str(tmp_path), attempts=3)
     with pytest.raises(ScoringError, match=r"worker process failed.*same command resumes"):
         list(run_graph(items(8), [step]))
-    # Three attempts a round, of at most three rounds.
-    assert len(list(tmp_path.glob("item-3-*"))) in (3, 6, 9)
+    # Three attempts a round; each round but the last finishes at least one of seven other items.
+    assert len(list(tmp_path.glob("item-3-*"))) in range(3, 3 * 8 + 1, 3)
 
 
 def test_more_machines_are_lost_than_one_round_outlives(tmp_path):
