@@ -175,7 +175,7 @@ def _attend_pack(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """All segments of the pack in work; (1, T, H, D)."""
+    """All segments of the pack in work; (1, T, H, D), contiguous."""
     assert _layout is not None, "packed attention runs within attention.layout"
     kind = query.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
@@ -184,7 +184,7 @@ def _attend_pack(
         query, key, value = query.to(half), key.to(half), value.to(half)
     why_not = _no_varlen(query, value, softcap)
     if why_not is None:
-        return _varlen(query, key, value, scale, window, _layout)
+        return _varlen(query, key, value, scale, window, _layout).contiguous()
     if query.is_cuda:
         _say_slow(why_not)
     batches, order = _layout.batches(window, query)
@@ -195,27 +195,13 @@ def _attend_pack(
 
 # One node of a compiled layer's graph, so that the layout is read when a pack runs and not when the
 # layer is compiled. It has no gradients, which only scoring does without.
-@torch.library.custom_op("refscale::packed_attention", mutates_args=())
-def _attend_compiled(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    return _attend_pack(query, key, value, scale, window, softcap).contiguous()
+_attend_compiled = torch.library.custom_op(
+    "refscale::packed_attention", _attend_pack, mutates_args=()
+)
 
 
 @_attend_compiled.register_fake
-def _attend_compiled_shape(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
+def _attend_compiled_shape(query: Tensor, _key: Tensor, value: Tensor, *_options: Any) -> Tensor:
     return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
 
 
