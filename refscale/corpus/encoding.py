@@ -29,6 +29,7 @@ from refscale.storage.fingerprints import file_sha256, model_fingerprint
 
 _TOKENIZER_FILES = (
     "tokenizer*",
+    "tokenization_*.py",  # code of its own, for trust_remote_code
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab*",

@@ -101,6 +101,11 @@ def dataset_rows(ref: DatasetRef) -> int:
     return len(_load_dataset(ref))
 
 
+def dataset_bytes(ref: DatasetRef) -> int:
+    """Bytes of the split's Arrow table, about those of its texts; the table is mapped, not read."""
+    return int(_load_dataset(ref).data.nbytes)
+
+
 def dataset_fingerprint(ref: DatasetRef) -> dict[str, str]:
     """What identifies a hub dataset's contents: commit and subset; without a commit, the rows."""
     subset = {} if ref.subset is None else {"subset": ref.subset}

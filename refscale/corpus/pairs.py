@@ -5,7 +5,8 @@ whose code is a key of REASONS. Nothing is repaired by guessing: a row that does
 what was preferred over what is refused, counted and kept in quarantine. Costs some microseconds.
 
 A pair's identity is its content: `pair_id`, `prompt_hash` and what is derived from them (holdout
-split, source weight) do not depend on row order, file split or field order.
+split, source weight) do not depend on row order, file split or field order. A pair without a prompt
+shares its prompt with no other: its two completions, in either order, stand in for it.
 """
 
 import datetime
@@ -69,6 +70,7 @@ class Pair:
     """A canonical pair: three strings, or three non-empty lists of messages.
 
     `prompt_text`, `chosen_text`, `rejected_text` are the same as text: canonical JSON for chats.
+    `prompt_hash` is that of the completions where the prompt is empty.
     """
 
     conversational: bool
@@ -131,6 +133,9 @@ def make_pair(
         head = f"{kind}:{context}".encode()
     except UnicodeEncodeError as exc:
         raise RefusedError("bad_encoding", f"half of a surrogate pair at {exc.start}") from exc
+    # One hash for all pairs without a prompt would hold out all of them or none, and send them all
+    # to one merge. Sorted: a pair meets its duplicates and the pair with its sides swapped.
+    asked = (prompt_raw,) if prompt_raw else sorted((chosen_raw, rejected_raw))
     return Pair(
         conversational=conversational,
         prompt=prompt,
@@ -141,7 +146,7 @@ def make_pair(
         rejected_text=texts[2],
         pair_id=content_hash(head, prompt_raw, chosen_raw, rejected_raw),
         swapped_id=content_hash(head, prompt_raw, rejected_raw, chosen_raw),
-        prompt_hash=content_hash(head, prompt_raw),
+        prompt_hash=content_hash(head, *asked),
         passthrough=passthrough({k: v for k, v in row.items() if k not in used}),
         tools=tools,
         template_kwargs=kwargs,

@@ -20,7 +20,7 @@ from refscale.errors import CorpusError, ModelError, StorageError
 from refscale.storage.fingerprints import pinned_revision
 
 # Raised when the same rows would be prepared to other bytes: a run made before is then refused.
-CODE_VERSION = 2
+CODE_VERSION = 3
 _SAMPLE_ROWS = 64
 
 

@@ -10,6 +10,7 @@ Strings and chat messages are told apart row by row. Role names of other convent
 human/gpt) are normalised.
 """
 
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -245,6 +246,11 @@ def implicit_prompt(chosen: str, rejected: str) -> tuple[str, str, str]:
     TRL, the space before the completion belongs to the completion; where the texts part at the
     start of a word the two agree.
 
+    A word starts after white space, and, for texts without it, after full-width punctuation:
+    '问：几？答：二。' and '问：几？答：三。' are '问：几？答：' + '二。' and '三。'. At the end of
+    a text it belongs to the word before it: '答：二。' and '答：二。对。' are '答：' + '二。' and
+    '二。对。'.
+
     Returns:
         prompt, chosen, rejected; the prompt may be empty.
     """
@@ -260,11 +266,19 @@ def implicit_prompt(chosen: str, rejected: str) -> tuple[str, str, str]:
             high = middle - 1
     cut = low
     if not (cut < limit and chosen[cut].isspace() and rejected[cut].isspace()):
-        while cut and not chosen[cut - 1].isspace():
+        if cut == limit:
+            while cut and _is_wide_punctuation(chosen[cut - 1]):
+                cut -= 1
+        while cut and not (chosen[cut - 1].isspace() or _is_wide_punctuation(chosen[cut - 1])):
             cut -= 1
         if cut and chosen[cut - 1] == " ":
             cut -= 1
     return chosen[:cut], chosen[cut:], rejected[cut:]
+
+
+def _is_wide_punctuation(char: str) -> bool:
+    """Whether it is punctuation of the width of an ideograph, such as ：。？！、「」."""
+    return unicodedata.category(char)[0] == "P" and unicodedata.east_asian_width(char) in "WF"
 
 
 def _shared_turns(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:

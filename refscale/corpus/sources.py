@@ -6,7 +6,8 @@ that they fill a task and a task's memory stays small, and are planned from the 
 alone: the same corpus gives the same units on every machine.
 
 What planning costs: jsonl files larger than a unit are read once, to find line starts and to count
-lines, and compressed ones to the end; of other formats the footers. reading.py reads the rows.
+lines, and compressed ones to the end; of other formats the footers. A hub dataset is downloaded.
+reading.py reads the rows.
 """
 
 import re
@@ -74,7 +75,9 @@ class LocatedSource:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its files; 0 for a dataset."""
+        """Bytes of its files, or of the rows of a dataset's split."""
+        if self.dataset is not None:
+            return hf_datasets.dataset_bytes(self.dataset)
         return sum(file.size for file in self.files)
 
 
@@ -116,8 +119,11 @@ def locate(source: Source, index: int) -> LocatedSource:
             raise CorpusError(f"{where}: {root} does not exist; check corpus.sources.{index}.path")
         _no_split(source, where)
         base = path[: _WILDCARDS.search(path).start()].rpartition("/")[0]  # type: ignore[union-attr]
-        pattern = _glob_pattern(path[len(base) + 1 :])
-        found = _listed(fs, base, lambda relative: pattern.fullmatch(relative) is not None)
+        rest = path[len(base) + 1 :]
+        pattern = _glob_pattern(rest)
+        # What lies below the base may be a whole home, or a lost+found that cannot be listed.
+        deep = "/" in rest or "**" in rest
+        found = _listed(fs, base, lambda name: pattern.fullmatch(name) is not None, deep=deep)
         if not found:
             raise CorpusError(f"{where}: no file matches {root}; check the glob")
         return LocatedSource(index, name, root, found)
@@ -138,13 +144,14 @@ def plan_units(located: LocatedSource, unit_bytes: int, max_rows: int | None) ->
     """
     units: list[Unit] = []
     held: list[Part] = []
-    size = 0
+    size = rows = 0
     for part in _parts(located, unit_bytes, max_rows):
-        if held and size + part.num_bytes > unit_bytes:
+        more = _num_rows(part)
+        if held and (size + part.num_bytes > unit_bytes or rows + more > _UNIT_ROWS):
             units.append(Unit(located.index, tuple(held)))
-            held, size = [], 0
+            held, size, rows = [], 0, 0
         held.append(part)
-        size += part.num_bytes
+        size, rows = size + part.num_bytes, rows + more
     if held:
         units.append(Unit(located.index, tuple(held)))
     return units
@@ -179,10 +186,13 @@ def _file(info: pafs.FileInfo, name: str) -> SourceFile:
 
 
 def _listed(
-    fs: pafs.FileSystem, base: str, wanted: Callable[[str], bool]
+    fs: pafs.FileSystem, base: str, wanted: Callable[[str], bool], *, deep: bool = True
 ) -> tuple[SourceFile, ...]:
-    """Files below `base` whose relative path is wanted, sorted; hidden ones left out."""
-    infos = fs.get_file_info(pafs.FileSelector(base or "/", recursive=True, allow_not_found=True))
+    """Files whose path relative to `base` is wanted, sorted; hidden ones left out.
+
+    Not deep: files in the folder itself alone.
+    """
+    infos = fs.get_file_info(pafs.FileSelector(base or "/", recursive=deep, allow_not_found=True))
     cut = len(base.rstrip("/")) + 1
     files = []
     for info in infos:
@@ -278,14 +288,10 @@ def _with_split(ref: DatasetRef, split: str | None, where: str) -> DatasetRef:
 def _parts(located: LocatedSource, wanted: int, max_rows: int | None) -> Iterator[Part]:
     left = max_rows
     if located.dataset is not None:
-        rows = hf_datasets.dataset_rows(located.dataset)
-        rows = rows if left is None else min(rows, left)
-        share = max(1, located.num_bytes // max(rows, 1))
-        for start, stop in _ranges(rows):
-            yield Part(
-                located.root, located.root, "", "dataset", None, start, stop, start,
-                (stop - start) * share, located.dataset,
-            )  # fmt: skip
+        rows, size = hf_datasets.dataset_rows(located.dataset), located.num_bytes
+        root = located.root
+        whole = Part(root, root, "", "dataset", None, 0, None, 0, size, located.dataset)
+        yield from _plan_rows(whole, [(rows, size)], wanted, left)[0]
         return
     for file in located.files:
         if left is not None and left <= 0:
@@ -306,8 +312,9 @@ def _parts(located: LocatedSource, wanted: int, max_rows: int | None) -> Iterato
         yield from parts
 
 
-def _ranges(rows: int) -> list[tuple[int, int]]:
-    return [(start, min(start + _UNIT_ROWS, rows)) for start in range(0, rows, _UNIT_ROWS)]
+def _num_rows(part: Part) -> int:
+    """Rows of a dataset's part: its bytes are an estimate, and do not bound them alone. Else 0."""
+    return part.stop - part.start if part.dataset is not None and part.stop is not None else 0
 
 
 def _plan_jsonl(whole: Part, wanted: int, max_rows: int | None) -> tuple[list[Part], int]:

@@ -81,14 +81,15 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
 
 
 def model_fingerprint(model_name_or_path: str, revision: str | None) -> dict[str, str]:
-    """What identifies the weights: hashes of a folder's files, or a hub commit.
+    """What identifies a model: hashes of a folder's files, or a hub commit.
 
     Args:
         model_name_or_path: Folder, hub id, or `id@revision`.
         revision: Of a hub id without its own.
 
     Returns:
-        {file name: sha256} of config and weights of a local folder, or {"commit": …} of a hub id.
+        {file name: sha256} of config, weights and code of a local folder, or {"commit": …} of a hub
+        id.
 
     Raises:
         StorageError: Neither a folder with weights nor a resolvable hub id.
@@ -97,7 +98,7 @@ def model_fingerprint(model_name_or_path: str, revision: str | None) -> dict[str
     if folder.is_dir():
         names = [
             file.name
-            for pattern in ("*.safetensors", "config.json", "adapter_config.json")
+            for pattern in ("*.safetensors", "config.json", "adapter_config.json", "*.py")
             for file in folder.glob(pattern)
         ]
         if not any(name.endswith(".safetensors") for name in names):

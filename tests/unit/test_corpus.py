@@ -58,6 +58,21 @@ def test_strings_and_chats_with_a_prompt():
         ("Q: yep", "Q: yes", ("Q:", " yep", " yes")),
         ("Q: a\nb", "Q: a c", ("Q: a", "\nb", " c")),
         ("yes", "no", ("", "yes", "no")),
+        # Without spaces a word starts after full-width punctuation, and the role marker stays.
+        (
+            "问：一加一等于几？答：二。",
+            "问：一加一等于几？答：三。",
+            ("问：一加一等于几？答：", "二。", "三。"),
+        ),
+        ("问：几？\n答：二。", "问：几？\n答：三。", ("问：几？\n答：", "二。", "三。")),
+        ("質問、答え「はい」", "質問、答え「いいえ」", ("質問、答え「", "はい」", "いいえ」")),
+        # At the end of a text it ends a word: the shorter completion is not empty.
+        ("答：二。", "答：二。因为对。", ("答：", "二。", "二。因为对。")),
+        ("答：好？！", "答：好？", ("答：", "好？！", "好？")),
+        # The space of Latin texts, and their punctuation, are as they were.
+        ("答： yes", "答： no", ("答：", " yes", " no")),
+        ("Q:A:yes", "Q:A:no", ("", "Q:A:yes", "Q:A:no")),
+        ("“yes”", "“no”", ("", "“yes”", "“no”")),
     ],
 )
 def test_an_implicit_string_prompt_ends_at_a_word(chosen, rejected, expected):
@@ -245,6 +260,22 @@ def test_pair_id_does_not_depend_on_field_order_or_other_columns(
         }
         assert pair(shuffled(chat.items())).pair_id != plain.pair_id
         assert pair(shuffled(chat.items())).pair_id == pair(chat).pair_id
+
+
+def test_pairs_without_a_prompt_are_held_out_one_by_one():
+    rows = [{"chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(400)]
+    hashes = [pair(row).prompt_hash for row in rows]
+    assert len(set(hashes)) == 400
+    held = sum(fraction_of(content, 0, "holdout") < 0.25 for content in hashes)
+    # 100 expected; the standard deviation of the count is 8.7.
+    assert 65 < held < 135
+    # What is settled together meets: duplicates, however they are written, and the swapped pair.
+    again = pair({"prompt": "", "chosen": "yes 0", "rejected": "no 0"})
+    swapped = pair({"chosen": "no 0", "rejected": "yes 0"})
+    assert hashes[0] == again.prompt_hash == swapped.prompt_hash
+    assert again.pair_id == swapped.swapped_id
+    # One prompt is one hash, whatever is answered.
+    assert pair(GOOD).prompt_hash == pair({**GOOD, "chosen": " Both."}).prompt_hash
 
 
 def test_text_that_moves_between_prompt_and_completion_is_another_pair():

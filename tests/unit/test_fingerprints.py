@@ -11,6 +11,7 @@ from huggingface_hub.errors import (
 
 from refscale.config import ModelConfig, Source
 from refscale.corpus import hf_datasets
+from refscale.corpus.encoding import EncoderSettings, tokenizer_fingerprint
 from refscale.corpus.sources import contents, locate
 from refscale.errors import CorpusError, StorageError
 from refscale.lineage import pinned_model, weights_of
@@ -57,6 +58,29 @@ def test_model_fingerprint_follows_the_weights_and_not_their_place(model):
     assert model_fingerprint(str(moved), None) == before
     (moved / "model.safetensors").write_bytes(b"Weights")
     assert first_difference(before, model_fingerprint(str(moved), None))[0] == "model.safetensors"
+
+
+def test_the_code_of_a_model_is_part_of_it(model):
+    plain = model_fingerprint(str(model), None)
+    assert set(plain) == {"config.json", "model.safetensors"}
+    (model / "modeling_x.py").write_text("wrong")
+    before = model_fingerprint(str(model), None)
+    assert {**plain, "modeling_x.py": before["modeling_x.py"]} == before
+    (model / "modeling_x.py").write_text("corrected")
+    assert first_difference(before, model_fingerprint(str(model), None))[0] == "modeling_x.py"
+
+
+def test_the_code_of_a_tokenizer_is_part_of_it_and_the_models_is_not(model):
+    settings = EncoderSettings(str(model), None, True, None, 64, "keep_start")
+    (model / "tokenizer.json").write_text("{}")
+    (model / "modeling_x.py").write_text("any")
+    plain = tokenizer_fingerprint(settings)
+    assert set(plain) == {"tokenizer.json"}
+    (model / "tokenization_x.py").write_text("wrong")
+    before = tokenizer_fingerprint(settings)
+    (model / "tokenization_x.py").write_text("corrected")
+    assert set(before) == {"tokenizer.json", "tokenization_x.py"}
+    assert first_difference(before, tokenizer_fingerprint(settings))[0] == "tokenization_x.py"
 
 
 def test_hash_is_remembered_until_the_file_changes(model, monkeypatch):

@@ -211,6 +211,18 @@ def test_contradictions_are_counted_and_dropped_if_asked(tiny_model, tmp_path):
     assert sorted(settled["source_row"].to_pylist()) == [2, 3, 4, 5]
 
 
+def test_pairs_without_a_prompt_are_settled_and_held_out_like_others(tiny_model, tmp_path):
+    rows = [{"chosen": r["chosen"], "rejected": f"no{r['rejected']}"} for r in string_pairs(120)]
+    swapped = {"chosen": rows[0]["rejected"], "rejected": rows[0]["chosen"]}
+    path = write_jsonl(tmp_path / "rows.jsonl", [*rows, rows[1], swapped])
+    settled, _, counts = prepare(config(tiny_model, path, holdout_fraction=0.5))
+    assert set(settled["prompt"].to_pylist()) == {""}
+    assert (counts.duplicates, counts.contradictions, counts.kept) == (1, 2, 121)
+    # 60 expected; the standard deviation of the count is 5.5.
+    assert 38 < counts.holdout < 82
+    assert len(set(settled["prompt_hash"].to_pylist())) == 120
+
+
 def test_no_prompt_is_on_both_sides_of_the_holdout(tiny_model, tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", string_pairs(300, prompts=60))
     cfg = config(tiny_model, path, holdout_fraction=0.3)

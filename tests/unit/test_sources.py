@@ -5,6 +5,7 @@ import json
 import random
 
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 import zstandard
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from support import string_pairs, write_jsonl
 
 from refscale.config import Source
-from refscale.corpus import reading, sources
+from refscale.corpus import hf_datasets, reading, sources
 from refscale.corpus.pairs import Refusal
 from refscale.corpus.sources import contents, locate, plan_units
 from refscale.errors import CorpusError
@@ -99,6 +100,40 @@ def test_a_split_is_named_or_train(tmp_path):
         read(path, split="dev")
     with pytest.raises(CorpusError, match="plain files"):
         read(write(tmp_path, "jsonl"), split="train")
+
+
+@pytest.mark.parametrize("kind", ["hub", "disk"])
+@pytest.mark.parametrize(("rows", "chars", "units"), [(100, 100_000, 2), (25_000, 4, 3)])
+def test_a_dataset_is_read_in_several_units(tmp_path, monkeypatch, kind, rows, chars, units):
+    import datasets
+
+    loaded = datasets.Dataset.from_dict({"text": ["x" * chars] * rows})
+    halves = datasets.DatasetDict({"train": loaded, "test": loaded.select(range(3))})
+    hf_datasets._load_dataset.cache_clear()
+    if kind == "hub":
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, split, **__: halves[split])
+        monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *_, **__: list(halves))
+        monkeypatch.setattr(hf_datasets.DatasetRef, "pinned", lambda self: self)
+        found = locate(Source(dataset="org/d"), 0)
+    else:
+        halves.save_to_disk(tmp_path / "saved")
+        found = locate(Source(path=str(tmp_path / "saved")), 0)
+    # Texts, and 4 or 8 bytes of offset each; the other split is not counted.
+    assert rows * chars <= found.num_bytes <= rows * (chars + 8) + 8
+    planned = plan_units(found, sources.unit_bytes(found.num_bytes), None)
+    assert len(planned) == units
+    parts = [part for unit in planned for part in unit.parts]
+    assert [part.start for part in parts] == [0, *(part.stop for part in parts[:-1])]
+    assert parts[-1].stop == rows
+    assert sum(part.num_bytes for part in parts) == pytest.approx(found.num_bytes, abs=len(parts))
+    for unit in planned:
+        assert sum(part.stop - part.start for part in unit.parts) <= 10_000
+        assert sum(part.num_bytes for part in unit.parts) <= 2 * sources.MIN_UNIT_BYTES
+    # Fewer rows are no larger.
+    few = plan_units(found, sources.MIN_UNIT_BYTES, 10)
+    assert [(part.start, part.stop) for unit in few for part in unit.parts] == [(0, 10)]
+    assert few[0].parts[0].num_bytes == found.num_bytes * 10 // rows
+    hf_datasets._load_dataset.cache_clear()
 
 
 LINES = st.lists(
@@ -190,6 +225,63 @@ def test_folders_and_globs_are_read_in_the_order_of_names(tmp_path):
     assert read(tmp_path)[1] == 1
 
 
+class Shallow:
+    """A file system in which looking into folders fails, as it does in a lost+found."""
+
+    def __init__(self):
+        self._real = pafs.LocalFileSystem()
+
+    def get_file_info(self, asked):
+        if isinstance(asked, pafs.FileSelector) and asked.recursive:
+            raise PermissionError("lost+found: Permission denied")
+        return self._real.get_file_info(asked)
+
+
+def test_a_glob_looks_into_folders_only_if_it_may_match_there(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "a.jsonl", ROWS[:1])
+    write_jsonl(tmp_path / "lost+found/b.jsonl", ROWS[:2])
+    fs = Shallow()
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "filesystem", lambda root: (fs, root))
+        found = locate(Source(path=str(tmp_path / "*.jsonl")), 0)
+        assert [file.name for file in found.files] == ["a.jsonl"]
+        for glob in ("**", "**.jsonl", "*/*.jsonl"):
+            with pytest.raises(CorpusError, match="cannot be opened: lost"):
+                locate(Source(path=str(tmp_path / glob)), 0)
+    for glob, names in {
+        "**.jsonl": ["a.jsonl", "lost+found/b.jsonl"],
+        "*/*.jsonl": ["lost+found/b.jsonl"],
+    }.items():
+        found = locate(Source(path=str(tmp_path / glob)), 0)
+        assert [file.name for file in found.files] == names
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        *(
+            (
+                {"path": "a.jsonl", "format": shape, "columns": {"prompt": "question"}},
+                f"columns goes with format auto, trl or columns, got {shape}.*leave columns or",
+            )
+            for shape in ("hh", "ultrafeedback", "helpsteer3")
+        ),
+        ({"path": "a.jsonl", "subset": "hard"}, "subset goes with dataset.*leave subset out"),
+        ({"path": "a.jsonl", "revision": "v1"}, "revision goes with dataset, got 'v1'"),
+    ],
+)
+def test_an_option_that_a_source_would_not_read_is_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        Source(**options)
+
+
+def test_options_that_a_source_reads_are_accepted():
+    for shape in ("auto", "trl", "columns"):
+        assert Source(path="a.jsonl", format=shape, columns={"prompt": "question"}).columns
+    assert Source(path="a.jsonl", format="hh", columns={}).format == "hh"
+    assert Source(dataset="org/d", subset="hard", revision="v1").subset == "hard"
+
+
 def test_object_store_uris_are_read_like_local_files():
     import fsspec
 
@@ -230,7 +322,12 @@ def test_a_source_is_named_by_its_path(tmp_path):
         ("bad.parquet", b"PAR1junk", "bad.parquet cannot be read as parquet"),
         ("bad.arrow", b"junk", "bad.arrow cannot be read as arrow"),
         ("bad.json", b"[1, 2", "cannot be read as a JSON array"),
-        ("bad.jsonl.gz", gzip.compress(b'{"x": 1}\n' * 99)[:-9], "bad.jsonl.gz cannot be read"),
+        (
+            "bad.jsonl.gz",
+            # mtime, since the bytes are in the test's name, which all processes have to agree on
+            gzip.compress(b'{"x": 1}\n' * 99, mtime=0)[:-9],
+            "bad.jsonl.gz cannot be read",
+        ),
         ("bad.jsonl.zst", b"junk", "bad.jsonl.zst cannot be read"),
         ("cut.jsonl.zst", zstandard.compress(b'{"x": 1}\n' * 99)[:-3], "zst .*is it complete"),
         ("ftp://host/x.jsonl", None, "cannot open|cannot be opened"),
