@@ -105,8 +105,18 @@ def plan(
         str | None,
         typer.Option("--lengths", metavar="P,C,R", help="Mean tokens; nothing is read then."),
     ] = None,
-    scoring_mfu: Annotated[float | None, typer.Option("--scoring-mfu")] = None,
-    training_mfu: Annotated[float | None, typer.Option("--training-mfu")] = None,
+    scoring_mfu: Annotated[
+        float | None,
+        typer.Option("--scoring-mfu", help="Useful operations of scoring over the peak; 0.45."),
+    ] = None,
+    training_mfu: Annotated[
+        float | None,
+        typer.Option(
+            "--training-mfu",
+            help="A run's model_flops_per_s over the peak; default 0.35, less what the config pads"
+            " and recomputes.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     overrides: Overrides = None,
     debug: Debug = False,
@@ -152,7 +162,10 @@ def audit(
     rows: Annotated[int, typer.Option("--rows", help="Of them shown here.")] = 20,
     flipped_column: Annotated[
         str | None,
-        typer.Option("--flipped-column", help="Column that is true where a label is wrong."),
+        typer.Option(
+            "--flipped-column",
+            help="Column that is true or 1 where a label is wrong, null where nobody knows.",
+        ),
     ] = None,
     split: Annotated[str | None, typer.Option("--split", help="train or holdout alone.")] = None,
     debug: Debug = False,
@@ -181,14 +194,21 @@ def compare(
         int | None, typer.Option("--parallel", help="Arms at a time; default: what fits.")
     ] = None,
     keep_policies: Annotated[
-        bool, typer.Option("--keep-policies", help="Keep every arm's policy.")
+        bool,
+        typer.Option(
+            "--keep-policies", help="Keep the policies of the arms that this command finishes."
+        ),
     ] = False,
     judge_url: Judge = None,
     judge_model: JudgeModel = None,
     judge_key_env: JudgeKey = None,
     judge_extra: JudgeExtra = None,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Redo all arms and completions.")
+        bool,
+        typer.Option(
+            "--restart",
+            help="Redo the arms and seeds of this command, and the reference's completions.",
+        ),
     ] = False,
     overrides: Overrides = None,
     debug: Debug = False,

@@ -14,11 +14,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from refscale.errors import ConfigError, EvaluationError, ModelError
 from refscale.storage.copies import local_folder
 from refscale.storage.fingerprints import digest
+
+if TYPE_CHECKING:
+    from refscale.run import Run
 
 # In the fingerprint of kept answers. Raised when equal weights, prompts and settings would answer
 # otherwise: answers made before are then not shown beside new ones.
@@ -42,6 +45,7 @@ class GeneratorSettings:
         trust_remote_code: As the config's.
         max_new_tokens: Longest answer.
         num_threads: torch threads; None leaves torch's own number.
+        device: "cpu" leaves GPUs alone that are there; None takes all that the process can see.
     """
 
     model_name_or_path: str
@@ -53,6 +57,20 @@ class GeneratorSettings:
     trust_remote_code: bool = False
     max_new_tokens: int = 1024
     num_threads: int | None = None
+    device: str | None = None
+
+
+def replica_settings(run: "Run") -> dict[str, Any]:
+    """The fields of GeneratorSettings that follow from where a run's replicas work.
+
+    No answer's fingerprint holds them, so that another machine can go on with the rest.
+    """
+    ray = run.config.ray
+    return {
+        "num_threads": run.threads(ray.replica_bounds()[1], ray.cpus_per_replica),
+        # Ray leaves CUDA_VISIBLE_DEVICES alone where no GPU is asked for.
+        "device": None if run.gpus(ray.gpus_per_replica) else "cpu",
+    }
 
 
 @dataclass(frozen=True)
@@ -81,22 +99,23 @@ class Generator:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-        from refscale.scoring.loading import merge_adapter
+        from refscale.scoring.loading import _require_whole, merge_adapter
         from refscale.scoring.reference import choose_dtype
 
         self.settings = settings
         if settings.num_threads is not None:
             torch.set_num_threads(settings.num_threads)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        split = device == "cuda" and torch.cuda.device_count() > 1
         common: dict[str, Any] = {
             "revision": settings.revision,
             "trust_remote_code": settings.trust_remote_code,
         }
-        attention = (
-            {"attn_implementation": settings.attn_implementation}
-            if settings.attn_implementation
-            else {}
-        )
+        options: dict[str, Any] = {}
+        if settings.attn_implementation:
+            options["attn_implementation"] = settings.attn_implementation
+        if split:
+            options["device_map"] = "auto"
         try:
             with local_folder(settings.model_name_or_path) as folder:
                 self._tokenizer = AutoTokenizer.from_pretrained(
@@ -107,13 +126,15 @@ class Generator:
                     dtype=choose_dtype(settings.dtype, device)[0],
                     use_safetensors=True,
                     **common,
-                    **attention,
+                    **options,
                 )
+            if split:
+                _require_whole(model, set())
             if settings.adapter is not None:
                 model = merge_adapter(model, settings.adapter)
         except (OSError, ValueError, KeyError) as exc:
             raise ModelError(f"cannot load {settings.model_name_or_path}: {exc}") from exc
-        self._model = model.to(device).eval()
+        self._model = (model if split else model.to(device)).eval()
         if settings.chat_template is not None:
             self._tokenizer.chat_template = Path(settings.chat_template).read_text(encoding="utf-8")
         if self._tokenizer.pad_token_id is None:

@@ -29,6 +29,8 @@ TECHNICAL = ("coding", "math", "reasoning")
 # Rated with the reference answer at hand, where the question has one.
 REFERENCED = ("math", "reasoning", "coding")
 RESAMPLES = 2000
+# Judge prompts' output_format that can be read, by kind of judgement.
+_OUTPUTS = {"single": "[[rating]]", "pair": "[[A]]"}
 
 Row = dict[str, Any]
 
@@ -67,9 +69,8 @@ def grade(
     plan = []
     for question in questions:
         for turn in range(1, len(question.turns) + 1):
-            prompt = _prompt(prompts, "single", question, turn, "[[rating]]")
-            turns = given[question.question_id].turns
-            texts = {f"answer{_part(turn, i)}": turns[i - 1] for i in _seen(turn)}
+            prompt = _prompt(prompts, "single", question, turn)
+            texts = _single_texts(turn, given[question.question_id].turns)
             plan.append((question, turn, prompt, _messages(prompt, question, turn, texts)))
     judgements = _ask(judge, [messages for *_, messages in plan])
     rows = [
@@ -110,14 +111,10 @@ def compare(
     plan = []
     for question in questions:
         for turn in range(1, len(question.turns) + 1):
-            prompt = _prompt(prompts, "pair", question, turn, "[[A]]")
+            prompt = _prompt(prompts, "pair", question, turn)
             sides = (mine[question.question_id].turns, others[question.question_id].turns)
             for a_turns, b_turns in (sides, sides[::-1]):
-                texts = {
-                    f"answer_{side}{_part(turn, i)}": turns[i - 1]
-                    for side, turns in (("a", a_turns), ("b", b_turns))
-                    for i in _seen(turn)
-                }
+                texts = _pair_texts(turn, a_turns, b_turns)
                 plan.append((question, turn, prompt, _messages(prompt, question, turn, texts)))
     judgements = _ask(judge, [messages for *_, messages in plan])
     rows = []
@@ -164,8 +161,28 @@ def _ask(judge: Judge, conversations: Sequence[Messages]) -> list[Judgement]:
 # -- prompts ---------------------------------------------------------------------------------------
 
 
+def check_prompts(
+    questions: Sequence[Question],
+    prompts: Mapping[str, JudgePrompt],
+    kinds: Sequence[str] = tuple(_OUTPUTS),
+) -> None:
+    """Refuse what `grade` ("single") or `compare` ("pair") would refuse, before there are answers.
+
+    Raises:
+        ConfigError: A judge prompt is missing or asks for something that we do not have.
+    """
+    for kind in kinds:
+        for question in questions:
+            unsaid = [""] * len(question.turns)
+            for turn in range(1, len(question.turns) + 1):
+                prompt = _prompt(prompts, kind, question, turn)
+                single = kind == "single"
+                texts = _single_texts(turn, unsaid) if single else _pair_texts(turn, unsaid, unsaid)
+                _messages(prompt, question, turn, texts)
+
+
 def _prompt(
-    prompts: Mapping[str, JudgePrompt], kind: str, question: Question, turn: int, output: str
+    prompts: Mapping[str, JudgePrompt], kind: str, question: Question, turn: int
 ) -> JudgePrompt:
     referenced = question.reference is not None and question.category in REFERENCED
     version = "v2" if kind == "pair" and not referenced else "v1"
@@ -174,12 +191,26 @@ def _prompt(
         raise ConfigError(
             f"the judge prompts have no {name}; they have {', '.join(sorted(prompts)) or 'none'}"
         )
-    if prompts[name].output_format != output:
+    if prompts[name].output_format != _OUTPUTS[kind]:
         raise ConfigError(
             f"the judge prompt {name} has output_format {prompts[name].output_format}; only"
-            f" {output} can be read"
+            f" {_OUTPUTS[kind]} can be read"
         )
     return prompts[name]
+
+
+def _single_texts(turn: int, turns: Sequence[str]) -> dict[str, str]:
+    """What the prompt of a turn may ask for of an answer."""
+    return {f"answer{_part(turn, i)}": turns[i - 1] for i in _seen(turn)}
+
+
+def _pair_texts(turn: int, a_turns: Sequence[str], b_turns: Sequence[str]) -> dict[str, str]:
+    """As `_single_texts`, of two answers."""
+    return {
+        f"answer_{side}{_part(turn, i)}": turns[i - 1]
+        for side, turns in (("a", a_turns), ("b", b_turns))
+        for i in _seen(turn)
+    }
 
 
 def _messages(

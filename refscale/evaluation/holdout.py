@@ -10,7 +10,7 @@ together, and intervals that take them for independent are too narrow.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from refscale import schema
 from refscale.corpus.pairs import content_hash
-from refscale.errors import EvaluationError
+from refscale.errors import ConfigError, EvaluationError
 from refscale.scoring.shard_scoring import require_finite, table_from_bytes
 from refscale.storage.stages import StageFolder
 
@@ -196,6 +196,35 @@ def evaluate_pairs(table: pa.Table, beta: float, *, seed: int = 0) -> dict[str, 
     }
 
 
+def known_labels(
+    rows: Sequence[Mapping[str, Any]], flipped_column: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which pairs' labels are known to be right or wrong, and which of them are wrong.
+
+    Args:
+        rows: Passthrough columns of each pair.
+        flipped_column: True or 1 where the label is wrong, false or 0 where it is right; null, or
+            absent, where nobody knows.
+
+    Returns:
+        (rows,) bool, known; and (known rows,) bool, wrong.
+
+    Raises:
+        ConfigError: A value is none of these. The text "false" would pass for true, a rating above
+            0 for a wrong label.
+    """
+    values = [row.get(flipped_column) for row in rows]
+    for value in values:
+        if value is not None and value not in (0, 1):  # which True, False, 0.0 and 1.0 equal
+            raise ConfigError(
+                f"the column {flipped_column!r}, which should say which labels are wrong, must be"
+                f" true or false, 1 or 0, or null where nobody knows, got {value!r:.100}; convert"
+                " it in the source, or name another column"
+            )
+    known = np.array([value is not None for value in values], dtype=bool)
+    return known, np.array([value == 1 for value in values if value is not None], dtype=bool)
+
+
 def label_purity(
     flipped: np.ndarray, kept: np.ndarray, keys: np.ndarray, *, seed: int = 0
 ) -> dict[str, Any]:
@@ -212,10 +241,11 @@ def label_purity(
         one seeded subset of the kept set's size; random_expected (a random subset's expected
         purity is the corpus's) and random_sd (hypergeometric); auc: probability that a pair with a
         right label has the larger key, ties half (Hanley and McNeil, 1982); None where all labels
-        are right or all wrong.
+        are right or all wrong. Where none of the pairs is kept, kept, random and random_sd are
+        None.
 
     Raises:
-        EvaluationError: The arrays differ in length, nothing is kept, or a key is NaN.
+        EvaluationError: There is no pair, the arrays differ in length, or a key is NaN.
     """
     right, kept = ~np.asarray(flipped, dtype=bool), np.asarray(kept, dtype=bool)
     keys = np.asarray(keys, dtype=np.float64)
@@ -224,24 +254,31 @@ def label_purity(
         raise EvaluationError(
             f"label purity needs one flip, mask and key a pair, got {n}, {kept.size}, {keys.size}"
         )
-    if n_kept == 0:
-        raise EvaluationError(f"none of {n} pairs is kept; label purity needs at least one")
+    if n == 0:
+        raise EvaluationError(
+            "there is no pair with a known label; label purity needs at least one"
+        )
     if np.isnan(keys).any():
         raise EvaluationError(f"{int(np.isnan(keys).sum())} selection keys are NaN")
     purity = float(right.mean())
-    subset = np.random.default_rng(seed).choice(n, size=n_kept, replace=False)
-    # Variance of a mean of n_kept draws without replacement.
-    variance = purity * (1 - purity) / n_kept * ((n - n_kept) / (n - 1) if n > 1 else 0.0)
-    return {
+    result: dict[str, Any] = {
         "n": n,
         "n_kept": n_kept,
         "corpus": _wilson(int(right.sum()), n),
-        "kept": _wilson(int(right[kept].sum()), n_kept),
-        "random": _wilson(int(right[subset].sum()), n_kept),
+        "kept": None,
+        "random": None,
         "random_expected": purity,
-        "random_sd": float(np.sqrt(variance)),
+        "random_sd": None,
         "auc": _auc(keys, right),
     }
+    if n_kept:
+        subset = np.random.default_rng(seed).choice(n, size=n_kept, replace=False)
+        # Variance of a mean of n_kept draws without replacement.
+        variance = purity * (1 - purity) / n_kept * ((n - n_kept) / (n - 1) if n > 1 else 0.0)
+        result["kept"] = _wilson(int(right[kept].sum()), n_kept)
+        result["random"] = _wilson(int(right[subset].sum()), n_kept)
+        result["random_sd"] = float(np.sqrt(variance))
+    return result
 
 
 def _wins(margins: np.ndarray) -> np.ndarray:

@@ -233,6 +233,23 @@ def parse_preference(text: str) -> Preference | None:
 # -- the judge -------------------------------------------------------------------------------------
 
 
+def api_key(config: JudgeConfig) -> str | None:
+    """The key that the config names; None where it names none.
+
+    Raises:
+        ConfigError: The environment variable is named but not set.
+    """
+    if config.api_key_env is None:
+        return None
+    key = os.environ.get(config.api_key_env, "").strip()
+    if not key:
+        raise ConfigError(
+            f"the judge's key should be in the environment variable {config.api_key_env},"
+            " which is not set"
+        )
+    return key
+
+
 class Judge:
     """A judge with its memory.
 
@@ -241,21 +258,13 @@ class Judge:
         store: Run folder that replies are kept in.
 
     Raises:
-        ConfigError: The environment variable of the key is named but not set.
+        ConfigError: As `api_key`.
     """
 
     def __init__(self, config: JudgeConfig, store: Store) -> None:
         self.config, self.usage = config, Usage()
         self._store = store
-        key: str | None = None
-        if config.api_key_env is not None:
-            key = os.environ.get(config.api_key_env, "").strip()
-            if not key:
-                raise ConfigError(
-                    f"the judge's key should be in the environment variable {config.api_key_env},"
-                    " which is not set"
-                )
-        self._endpoint = ChatEndpoint(config.base_url, key, config.timeout_s)
+        self._endpoint = ChatEndpoint(config.base_url, api_key(config), config.timeout_s)
         self._lock = threading.Lock()
         self._not_before = 0.0
         self._stop = threading.Event()

@@ -21,9 +21,10 @@ from refscale.evaluation.generation import (
     GENERATION_VERSION,
     Generator,
     GeneratorSettings,
+    replica_settings,
     seed_of,
 )
-from refscale.evaluation.grading import compare, grade
+from refscale.evaluation.grading import check_prompts, compare, grade
 from refscale.evaluation.judge import Judge, JudgeConfig
 from refscale.evaluation.questions import (
     TURNS,
@@ -137,6 +138,7 @@ def answer(
     replicas: int = 1,
     cpus_per_replica: float = 1,
     gpus_per_replica: float = 0,
+    stalled_after_s: float,
 ) -> list[Answer]:
     """A model's answers to all questions, generated on the connected Ray; resumes.
 
@@ -149,9 +151,11 @@ def answer(
         replicas: Largest number of actors.
         cpus_per_replica: Logical CPUs of each.
         gpus_per_replica: GPUs of each.
+        stalled_after_s: Seconds without a finished batch after which it ends.
 
     Raises:
         ModelError: The model cannot be loaded or has no chat template.
+        ScoringError: Workers died too often, or nothing moved for `stalled_after_s` seconds.
         FingerprintError: The folder holds answers of another model, question set or sampling.
     """
     from refscale.cluster.runtime import Step, run_graph
@@ -180,7 +184,7 @@ def answer(
             ),
             Step(publish_answers(folder)),
         ]
-        for result in run_graph(todo, steps):
+        for result in run_graph(todo, steps, stalled_after_s=stalled_after_s):
             record = FileRecord.from_dict(json.loads(result["record"]))
             records[record.name.removesuffix(".jsonl")] = record
         folder.finish(
@@ -240,7 +244,9 @@ def run_mtbench(
         and the judge's `usage`.
 
     Raises:
-        ConfigError: The config or the folder's URI holds a secret.
+        ConfigError: The config or the folder's URI holds a secret, a file cannot be read, a judge
+            prompt is missing or asks for something that we do not have, or the judge's key is not
+            set.
         FingerprintError: The config's model, tokenizer or chat template is not the run's.
         StorageError: The policy is not finished.
         EvaluationError: The judge refuses altogether, or not one judgement of a grading came back.
@@ -252,6 +258,7 @@ def run_mtbench(
     store = Store(run_dir)
     asked = load_questions(questions, references)
     prompts = load_judge_prompts(judge_prompts)
+    check_prompts(asked, prompts)
     asking = Judge(judge, store)
     with RunLock(store):
         run = Run(store, config)
@@ -259,25 +266,24 @@ def run_mtbench(
         model, ray = _reference(run), config.ray
         if restart:
             store.delete("mtbench")
-        shared: dict[str, Any] = {
-            "dtype": model.dtype,
-            "attn_implementation": model.attn_implementation,
-            "trust_remote_code": model.trust_remote_code,
-            "max_new_tokens": max_new_tokens,
-        }
-        settings = {
-            "reference": GeneratorSettings(
-                model.model_name_or_path,
-                revision=model.revision,
-                adapter=model.adapter,
-                chat_template=model.chat_template,
-                **shared,
-            ),
-            "policy": GeneratorSettings(store.uri_of("policy"), **shared),
-        }
         try:
-            _ = run.cluster
-            replicas = ray.replica_bounds()[1]
+            shared: dict[str, Any] = {
+                "dtype": model.dtype,
+                "attn_implementation": model.attn_implementation,
+                "trust_remote_code": model.trust_remote_code,
+                "max_new_tokens": max_new_tokens,
+                **replica_settings(run),
+            }
+            settings = {
+                "reference": GeneratorSettings(
+                    model.model_name_or_path,
+                    revision=model.revision,
+                    adapter=model.adapter,
+                    chat_template=model.chat_template,
+                    **shared,
+                ),
+                "policy": GeneratorSettings(store.uri_of("policy"), **shared),
+            }
             answers = {
                 name: answer(
                     setting,
@@ -285,9 +291,10 @@ def run_mtbench(
                     StageFolder(store, f"mtbench/{name}"),
                     identity=policy["identity"] if name == "policy" else None,
                     batch_size=batch_size,
-                    replicas=replicas,
+                    replicas=ray.replica_bounds()[1],
                     cpus_per_replica=ray.cpus_per_replica,
                     gpus_per_replica=run.gpus(ray.gpus_per_replica),
+                    stalled_after_s=config.score.stalled_after_s,
                 )
                 for name, setting in settings.items()
             }

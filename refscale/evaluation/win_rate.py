@@ -21,9 +21,10 @@ from refscale.evaluation.generation import (
     Completion,
     CompletionStep,
     GeneratorSettings,
+    replica_settings,
 )
-from refscale.evaluation.grading import compare
-from refscale.evaluation.judge import Judge, JudgeConfig
+from refscale.evaluation.grading import check_prompts, compare
+from refscale.evaluation.judge import Judge, JudgeConfig, api_key
 from refscale.evaluation.questions import Answer, Question, load_judge_prompts
 from refscale.lineage import pinned_model
 from refscale.schema import HOLDOUT
@@ -76,8 +77,15 @@ def win_rate(
         For a run it gives `{"num_prompts", "mean_tokens", "cut_share", "reference_mean_tokens"}`,
         and with a judge `"against_reference"` (the overall score of `grading.compare`) and
         `"usage"`.
+
+    Raises:
+        ConfigError: The judge's key is not set, or its prompts cannot be read or serve no such
+            comparison: said here, since the run comes only after the arm's training.
     """
     prompts = load_judge_prompts(judge_prompts)
+    if judge is not None:
+        api_key(judge)
+        check_prompts([Question("", _CATEGORY, ("",))], prompts, ["pair"])
     settings = {
         "num_prompts": num_prompts,
         "max_new_tokens": max_new_tokens,
@@ -105,6 +113,7 @@ def win_rate(
             "attn_implementation": run.config.model.attn_implementation,
             "trust_remote_code": run.config.model.trust_remote_code,
             "max_new_tokens": max_new_tokens,
+            **replica_settings(run),
         }
         scored = run.folder("scores").require()["fingerprint"]
         model = pinned_model(run.config.model, scored)
@@ -220,7 +229,7 @@ def _complete(
             ),
             Step(_publish(folder), num_cpus=ray.cpus_per_task),
         ]
-        for result in run_graph(todo, steps):
+        for result in run_graph(todo, steps, stalled_after_s=run.config.score.stalled_after_s):
             record = FileRecord.from_dict(json.loads(result["record"]))
             records[record.name.removesuffix(".parquet")] = record
         folder.finish(fingerprint, records.values(), counts={"prompts": len(asked)}, seconds=0.0)

@@ -23,8 +23,9 @@ import pyarrow.parquet as pq
 from rich.table import Table
 
 from refscale.errors import ConfigError
-from refscale.evaluation.holdout import _auc, _wilson
+from refscale.evaluation.holdout import _auc, _wilson, known_labels
 from refscale.progress import console, literal, say
+from refscale.schema import HOLDOUT, TRAIN
 from refscale.selection.strategies import (
     SCORE_COLUMNS,
     pair_id_words,
@@ -90,15 +91,22 @@ def audit(
     Args:
         store: A run whose scores are finished.
         limit: Pairs that are listed.
-        flipped_column: Passthrough column that is true where the label is known to be wrong.
+        flipped_column: Passthrough column that says where the label is known to be wrong, as
+            `known_labels` reads it.
         split: Look at this split alone, "train" or "holdout"; None looks at both.
 
     Raises:
-        ConfigError: limit is below 1, or no pair has the column.
+        ConfigError: limit is below 1, there is no such split, or the column does not say which
+            labels are wrong, or is in no pair.
         StorageError: The scores are not finished.
     """
     if limit < 1:
         raise ConfigError(f"the number of pairs to list must be at least 1, got {limit}")
+    if split not in (None, TRAIN, HOLDOUT):
+        raise ConfigError(
+            f"the split to audit must be {TRAIN} or {HOLDOUT}, got {split!r}; leave it out to look"
+            " at both"
+        )
     corpus, scores = StageFolder(store, "corpus"), StageFolder(store, "scores")
     corpus.require()
     worst: list[tuple[float, bytes, str]] = []
@@ -125,7 +133,7 @@ def audit(
     quality = None
     if flipped_column is not None:
         if not sum(map(len, flags)):
-            raise ConfigError(f"no pair of the corpus has the column {flipped_column!r}")
+            raise ConfigError(f"no pair of the corpus has a value in the column {flipped_column!r}")
         quality = doubt_quality(np.concatenate(flags), np.concatenate(margins))
     result = Audit(_texts(corpus, scores, worst), num_pairs, num_doubted, quality)
     _write(store, result)
@@ -162,12 +170,10 @@ def doubt_quality(flipped: np.ndarray, mean_margins: np.ndarray) -> dict[str, An
 def _flags(
     corpus: StageFolder, name: str, ids: Sequence[bytes], column: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which of the pairs have the column, (n,) bool; and the values of those that do."""
+    """`known_labels` of the pairs."""
     table = corpus.read_table(name, columns=["pair_id", "passthrough"])
     texts = dict(zip(table["pair_id"].to_pylist(), table["passthrough"].to_pylist(), strict=True))
-    rows = [json.loads(texts[pair_id]) for pair_id in ids]
-    labelled = np.array([column in row for row in rows], dtype=bool)
-    return labelled, np.array([bool(row[column]) for row in rows if column in row], dtype=bool)
+    return known_labels([json.loads(texts[pair_id]) for pair_id in ids], column)
 
 
 def _texts(

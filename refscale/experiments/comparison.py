@@ -13,7 +13,7 @@ same held-out pairs.
 Costs: a training and an evaluation for each arm and seed; scoring happens once. A finished arm is
 skipped, a begun one resumed. Pairs that not every policy could score are left out, and counted.
 Unless `keep_policies`, an arm's policy and checkpoints are deleted when its numbers are kept: 30
-policies of a small model already fill a disk.
+policies of a small model already fill a disk. What one command kept no later one deletes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +34,7 @@ from refscale.experiments.statistics import summarise
 from refscale.progress import say
 from refscale.report.comparison_page import render_html
 from refscale.secrets import refuse_secrets
+from refscale.selection import passes
 from refscale.storage.fingerprints import first_difference
 from refscale.storage.locks import RunLock
 from refscale.storage.stages import StageFolder
@@ -95,8 +96,10 @@ def compare(
         arms: As `parse_arm` reads them; None for `grid()`.
         seeds: Each arm is trained once with each: shuffling, and the draw of the random arms.
         parallel: Arms trained side by side; None for as many as the cluster fits.
-        keep_policies: Keep every arm's policy and checkpoints.
-        restart: Redo all arms, and the reference model's completions.
+        keep_policies: Keep the policy and checkpoints of the arms that this command finishes. Those
+            of an arm that was finished before stay as they are: kept, or gone.
+        restart: Redo these arms with these seeds, and the reference model's completions; arms and
+            seeds that are not asked for stay.
         extra: Called with an arm's run while its policy is still there; what it returns is kept
             under "extra".
 
@@ -104,8 +107,9 @@ def compare(
         What is written to comparison.json.
 
     Raises:
-        ConfigError: An arm cannot be read, there is no seed, something is given twice, or the
-            config or the folder's URI holds a secret.
+        ConfigError: An arm cannot be read, there is no seed, something is given twice,
+            evaluate.flipped_column does not say which labels are wrong, or the config or the
+            folder's URI holds a secret.
         FingerprintError: An arm was made, or its completions were, with other settings; names the
             field.
         EvaluationError: There is no held-out pair, or an arm lacks too many of them.
@@ -128,13 +132,19 @@ def compare(
                     "there is no held-out pair to compare the arms on; set corpus.holdout_fraction"
                     " or mark a source holdout: true"
                 )
-            if restart:
-                store.delete("arms")
-                store.delete("reference_completions")
             jobs = [(arm, seed) for seed in seeds for arm in parsed]
+            if config.evaluate.flipped_column and (restart or _num_left(store, jobs)):
+                # An arm's evaluation would refuse it too, but after its training.
+                passes.check_labels(
+                    run.folder("corpus"), run.folder("scores"), config.evaluate.flipped_column
+                )
+            if restart:
+                for job in jobs:
+                    store.delete(_folder(*job))
+                store.delete("reference_completions")
             if extra is not None:
                 _check_extra(store, jobs, extra.settings)
-            left = sum(_result(store, *job).manifest() is None for job in jobs)
+            left = _num_left(store, jobs)
             # Connected before the threads begin, and not at all where nothing is left to do.
             at_once = min(left, parallel or _fitting(run), len(jobs)) if left else 1
             _ = run.cluster if left else None
@@ -227,12 +237,20 @@ def _fitting(run: "Run") -> int:
     return max(1, int(cluster.cpus // (ray.cpus_per_worker * train.num_workers + 1)))
 
 
+def _folder(arm: Arm, seed: int) -> str:
+    return f"arms/{arm.folder}/seed-{seed}"
+
+
 def _arm_store(store: Store, arm: Arm, seed: int) -> Store:
-    return Store(store.uri_of(f"arms/{arm.folder}/seed-{seed}"))
+    return Store(store.uri_of(_folder(arm, seed)))
 
 
 def _result(store: Store, arm: Arm, seed: int) -> StageFolder:
     return StageFolder(_arm_store(store, arm, seed), "compare")
+
+
+def _num_left(store: Store, jobs: Sequence[tuple[Arm, int]]) -> int:
+    return sum(_result(store, *job).manifest() is None for job in jobs)
 
 
 def _run_arm(
@@ -257,6 +275,9 @@ def _run_arm(
         "train": deciding_options(config.train.model_dump()),
         "evaluate": config.evaluate.model_dump(),
     }
+    # `begin` withdraws the manifest of damaged results, whose policy may have been kept.
+    before = result.manifest()
+    kept = before is not None and _policy_kept(before)
     if not result.begin(fingerprint):
         say(f"compare   {arm.text}, seed {seed}")
         claim(mine)
@@ -266,6 +287,7 @@ def _run_arm(
         evaluated = pipeline.evaluate(mine)
         table = outcomes(_evaluation_table(mine.folder("evaluation")), config.train.beta)
         details = _details(run, selected, trained, evaluated)
+        details["policy_kept"] = keep_policies or kept
         if extra is not None:
             details["extra"] = {**extra(mine), "settings": extra.settings}
         result.finish(
@@ -275,13 +297,20 @@ def _run_arm(
             seconds=sum(manifest["seconds"] for manifest in (selected, trained, evaluated)),
             details=details,
         )
-    if not keep_policies:
+    manifest = result.require()
+    # Also of an arm that was finished before: what finished it may have been killed right then.
+    if not keep_policies and not _policy_kept(manifest):
         store.delete("policy")
         store.delete("training/checkpoints")
-    manifest = result.require()
     if extra is not None and "extra" not in manifest["details"]:
         say(f"compare   {arm.text}, seed {seed} is finished without completions; see --restart")
     return manifest
+
+
+def _policy_kept(manifest: Mapping[str, Any]) -> bool:
+    """Whether the command that finished an arm was to keep its policy."""
+    # Arms of earlier versions do not say; what is deleted does not come back.
+    return bool(manifest["details"].get("policy_kept", True))
 
 
 def _check_extra(
@@ -301,7 +330,7 @@ def _check_extra(
         if name:
             raise FingerprintError(
                 f"the completions of {arm.text}, seed {seed}, were made with {name} = {old}, now it"
-                f" is {new}; set it back, or redo all arms with --restart"
+                f" is {new}; set it back, or redo these arms with --restart"
             )
 
 
@@ -319,11 +348,12 @@ def _details(
     whole = not trained["details"].get("resumed")
     kept, every = selected["details"]["kept"], selected["details"]["all"]
     purity = evaluated["details"].get("purity")
+    right = None if purity is None else purity["kept"]  # None where no kept pair has the column
     return {
         "pairs": selected["counts"]["kept"],
         "mean_length_difference": kept["mean_length_difference"],
         "mean_length_difference_of_all": every["mean_length_difference"],
-        "right_labels": None if purity is None else purity["kept"]["value"],
+        "right_labels": None if right is None else right["value"],
         "train_s": trained["seconds"] if whole else None,
         "train_gpu_s": trained["seconds"] * gpus if whole else None,
         "steps_s": trained["details"].get("train_runtime_s") if whole else None,

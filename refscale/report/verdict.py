@@ -14,7 +14,7 @@ def verdict(values: Values) -> list[str]:
     evaluation = values["evaluation"] or {}
     said = []
     size = _size(selection.get("share"))
-    if purity := evaluation.get("purity"):
+    if (purity := evaluation.get("purity")) and purity["kept"]:
         kept, corpus, random = (
             _percent(purity[name]["value"]) for name in ("kept", "corpus", "random")
         )

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from refscale import schema
 from refscale.config import SelectConfig
 from refscale.errors import ConfigError, SelectionError
-from refscale.evaluation.holdout import label_purity
+from refscale.evaluation.holdout import known_labels, label_purity
 from refscale.selection.order import Decision, Keys, SelectionSpec, keys_of, train_rows
 from refscale.selection.radix import RadixSelect, Tally
 from refscale.selection.statistics import Statistics
@@ -342,41 +342,59 @@ def purity(
         scores: The scores stage.
         shards: Names of the score shards.
         decision: What was kept.
-        flipped_column: Passthrough column that is true where the label is wrong.
+        flipped_column: Passthrough column that says where the label is wrong, as
+            `holdout.known_labels` reads it.
 
     Returns:
-        `evaluation.label_purity` of the training pairs that have the column.
+        `holdout.label_purity` of the training pairs that have a value in the column.
 
     Raises:
-        ConfigError: No pair has the column.
+        ConfigError: No pair has one, or one does not say whether a label is wrong.
     """
-    flipped: list[np.ndarray] = []
-    kept: list[np.ndarray] = []
-    values: list[np.ndarray] = []
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     seen: set[str] = set()
     for shard in shards:
         scored = _train_scores(scores, shard)
-        keys = keys_of(scored, decision.spec, decision.fit)
-        texts = corpus.read_table(f"{shard}.parquet", columns=["pair_id", "passthrough"])
-        columns = {
-            pair_id: json.loads(text)
-            for pair_id, text in zip(
-                texts["pair_id"].to_pylist(), texts["passthrough"].to_pylist(), strict=True
-            )
-        }
-        rows = [columns[pair_id] for pair_id in scored["pair_id"].to_pylist()]
+        rows = _passthrough(corpus, shard, scored["pair_id"])
         seen.update(*rows)
-        labelled = np.array([flipped_column in row for row in rows], dtype=bool)
-        flags = [bool(row[flipped_column]) for row in rows if flipped_column in row]
-        flipped.append(np.array(flags, dtype=bool))
-        kept.append(decision.mask(keys)[labelled])
-        values.append(keys.values[labelled])
-    if not sum(len(part) for part in flipped):
-        raise ConfigError(
-            f"evaluate.flipped_column is {flipped_column!r}, which no training pair has; the"
-            f" corpus carries {', '.join(sorted(seen)) or 'no other columns'}"
-        )
+        known, flipped = known_labels(rows, flipped_column)
+        keys = keys_of(scored, decision.spec, decision.fit)
+        parts.append((flipped, decision.mask(keys)[known], keys.values[known]))
+    if not any(len(flipped) for flipped, _, _ in parts):
+        raise _no_labels(flipped_column, seen)
+    flipped, kept, values = (np.concatenate(column) for column in zip(*parts, strict=True))
     sign = -1.0 if decision.spec.keep == "smallest" else 1.0
-    return label_purity(
-        np.concatenate(flipped), np.concatenate(kept), sign * np.concatenate(values)
+    return label_purity(flipped, kept, sign * values)
+
+
+def check_labels(corpus: StageFolder, scores: StageFolder, flipped_column: str) -> None:
+    """Refuse a column that `purity` would refuse, before anything is selected or trained.
+
+    Raises:
+        ConfigError: As `purity`.
+    """
+    seen: set[str] = set()
+    found = False
+    for file in scores.require()["files"]:
+        shard = file["name"].removesuffix(".parquet")
+        pair_ids = train_rows(scores.read_table(file["name"], columns=["pair_id", "split"]))
+        rows = _passthrough(corpus, shard, pair_ids["pair_id"])
+        seen.update(*rows)
+        known, _ = known_labels(rows, flipped_column)
+        found = found or bool(known.any())
+    if not found:
+        raise _no_labels(flipped_column, seen)
+
+
+def _passthrough(corpus: StageFolder, shard: str, pair_ids: pa.ChunkedArray) -> list[Item]:
+    """The passthrough columns of a shard's pairs, in the order of their ids."""
+    table = corpus.read_table(f"{shard}.parquet", columns=["pair_id", "passthrough"])
+    texts = dict(zip(table["pair_id"].to_pylist(), table["passthrough"].to_pylist(), strict=True))
+    return [json.loads(texts[pair_id]) for pair_id in pair_ids.to_pylist()]
+
+
+def _no_labels(flipped_column: str, seen: Iterable[str]) -> ConfigError:
+    return ConfigError(
+        f"evaluate.flipped_column is {flipped_column!r}, in which no training pair has a value; the"
+        f" corpus carries {', '.join(sorted(seen)) or 'no other columns'}"
     )

@@ -18,6 +18,7 @@ from refscale.storage.store import Store
 def make_run(folder, margins, *, shards=3, flipped=None, prompt="p", held=(), source="s"):
     """A run whose pair i has mean_margin margins[i]: 2 nats a token against 2 + margin."""
     store = Store(folder)
+    flipped = flipped.tolist() if isinstance(flipped, np.ndarray) else flipped
     corpus, scores = StageFolder(store, "corpus"), StageFolder(store, "scores")
     for stage in (corpus, scores):
         stage.begin({"made": "here"})
@@ -33,7 +34,7 @@ def make_run(folder, margins, *, shards=3, flipped=None, prompt="p", held=(), so
             {**row, "source_row": int(i), "prompt_ids": [1], "chosen_ids": [2],
              "rejected_ids": [3], "conversational": False, "prompt": prompt,
              "chosen": f"chosen {i}", "rejected": f"rejected {i}",
-             "passthrough": json.dumps({} if flipped is None else {"wrong": bool(flipped[i])})}
+             "passthrough": json.dumps({} if flipped is None else {"wrong": flipped[i]})}
             for i, row in zip(rows, common, strict=True)
         ]  # fmt: skip
         numbers = [
@@ -104,6 +105,23 @@ def test_one_split_alone_can_be_audited(tmp_path):
     assert (result.num_pairs, result.quality["n_flipped"]) == (10, 4)
 
 
+def test_an_unknown_split_is_refused_with_those_that_there_are(tmp_path):
+    store = make_run(tmp_path, np.arange(4) / 4)
+    with pytest.raises(ConfigError, match="must be train or holdout, got 'test'; leave it out"):
+        audit(store, 3, split="test")
+    assert not store.exists("audit/summary.json")
+
+
+def test_a_label_may_be_a_number_or_unknown_but_no_text(tmp_path):
+    flipped = [True, 1, 1.0, False, 0, 0.0, None, None]
+    store = make_run(tmp_path / "flags", np.arange(8) / 4 - 1, flipped=flipped)
+    quality = audit(store, 3, flipped_column="wrong").quality
+    assert (quality["n"], quality["n_flipped"], quality["auc"]) == (6, 3, 1.0)
+    store = make_run(tmp_path / "text", np.arange(3) / 4, flipped=[True, False, "false"])
+    with pytest.raises(ConfigError, match=r"the column 'wrong', .* got 'false'"):
+        audit(store, 3, flipped_column="wrong")
+
+
 def test_quality_without_a_wrong_label_has_no_auc():
     quality = doubt_quality(np.zeros(12, bool), np.arange(12))
     assert quality["auc"] is None and quality["precision"]["10"]["value"] == 0
@@ -111,7 +129,7 @@ def test_quality_without_a_wrong_label_has_no_auc():
 
 def test_a_column_that_no_pair_has_and_a_list_of_nothing_are_errors(tmp_path):
     store = make_run(tmp_path, np.arange(6) / 2, flipped=np.zeros(6))
-    with pytest.raises(ConfigError, match="no pair of the corpus has the column 'flip'"):
+    with pytest.raises(ConfigError, match="no pair of the corpus has a value in the column 'flip'"):
         audit(store, 5, flipped_column="flip")
     with pytest.raises(ConfigError, match="must be at least 1, got 0"):
         audit(store, 0)

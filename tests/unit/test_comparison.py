@@ -30,6 +30,7 @@ from refscale.experiments.statistics import RESAMPLES, summarise
 from refscale.report import plots
 from refscale.report.comparison_page import lines, render_html, verdicts
 from refscale.run import Run
+from refscale.selection import passes
 from refscale.storage.stages import StageFolder
 from refscale.storage.store import Store
 
@@ -114,15 +115,17 @@ def ends_before_training(monkeypatch):
 
 @pytest.mark.usefixtures("ends_before_training")
 @pytest.mark.parametrize("restart", [False, True])
-def test_restart_deletes_arms_and_the_references_completions_alone(tmp_path, restart):
+def test_restart_deletes_the_arms_asked_for_and_the_references_completions_alone(tmp_path, restart):
     store = Store(tmp_path)
-    folders = ["arms", "reference_completions", "scores", "judgements"]
-    for folder in folders:
+    asked = ["arms/full/seed-0", "arms/full/seed-2", "reference_completions"]
+    others = ["arms/full/seed-1", "arms/random-0.5/seed-0", "scores", "judgements"]
+    for folder in asked + others:
         store.write_bytes(f"{folder}/kept", b"x")
+    options = {"seeds": [0, 2], "parallel": 1, "restart": restart}
     with pytest.raises(EvaluationError, match="far enough"):
-        compare(parse_config(CONFIG), str(tmp_path), ["full"], parallel=1, restart=restart)
-    left = [folder for folder in folders if store.exists(f"{folder}/kept")]
-    assert left == (["scores", "judgements"] if restart else folders)
+        compare(parse_config(CONFIG), str(tmp_path), ["full"], **options)
+    left = [folder for folder in asked + others if store.exists(f"{folder}/kept")]
+    assert left == (others if restart else asked + others)
 
 
 @pytest.mark.usefixtures("ends_before_training")
@@ -240,8 +243,8 @@ def test_arms_that_share_no_pair_cannot_be_compared(tmp_path):
 
 
 @pytest.fixture
-def finished_arms(tmp_path, monkeypatch):
-    """Writes finished arms into a run, and compares them as if no training were left to do."""
+def prepared(tmp_path, monkeypatch):
+    """The store of a run that is prepared and scored, with 40 held-out pairs of 20 prompts."""
     store = Store(tmp_path / "run")
     rows = [
         {
@@ -259,6 +262,134 @@ def finished_arms(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "prepare", lambda run: {"files": [file]})
     monkeypatch.setattr(pipeline, "score", lambda run: {"seconds": 1.0})
     monkeypatch.setattr(runtime, "disconnect", lambda: None)
+    return store
+
+
+@pytest.fixture
+def trained_arms(prepared, monkeypatch):
+    """Compares arms whose training takes no time; returns the arms' store and what was trained."""
+    trained = []
+    scores = StageFolder(prepared, "scores")
+    scores.begin({})
+    scores.finish({}, [], counts={}, seconds=1.0)
+
+    def select(run):
+        kept = {"mean_length_difference": 0.0}
+        return {"counts": {"kept": 9}, "details": {"kept": kept, "all": kept}, "seconds": 1.0}
+
+    def train(run):
+        policy = run.folder("policy")
+        if policy.manifest() is None:
+            trained.append(run.store.uri)
+            policy.begin({})
+            policy.finish({}, [policy.publish_bytes("weights", b"x")], counts={}, seconds=1.0)
+            run.store.write_bytes("training/checkpoints/checkpoint-1/weights", b"x")
+        return {"details": {}, "seconds": 1.0}
+
+    def evaluate(run):
+        folder = run.folder("evaluation")
+        if not folder.begin({}):
+            rows = evaluation_table([(i, -1, -2, -1, -1) for i in range(40)])
+            folder.finish({}, [folder.publish_table("p.parquet", rows)], counts={}, seconds=1.0)
+        return {"details": {}, "seconds": 1.0}
+
+    for stage in (select, train, evaluate):
+        monkeypatch.setattr(pipeline, stage.__name__, stage)
+    monkeypatch.setattr(Run, "cluster", SimpleNamespace(gpus=0, embedded=True))
+
+    def compared(*arms, seeds=(0,), **options):
+        del trained[:]
+        compare(parse_config(CONFIG), prepared.uri, arms, seeds=seeds, parallel=1, **options)
+        return [uri.partition("/arms/")[2] for uri in trained]
+
+    return compared, prepared
+
+
+def kept(store, arm):
+    """Whether an arm's policy and its checkpoints are there."""
+    found = {store.exists(f"arms/{arm}/{name}") for name in ("policy", "training/checkpoints")}
+    assert len(found) == 1
+    return found.pop()
+
+
+def test_a_policy_that_was_kept_is_deleted_by_no_later_comparison(trained_arms):
+    compared, store = trained_arms
+    assert compared("full", keep_policies=True) == ["full/seed-0"]
+    assert compared("full", "random:0.5") == ["random-0.5/seed-0"]
+    assert kept(store, "full/seed-0") and not kept(store, "random-0.5/seed-0")
+    results = StageFolder(Store(store.uri_of("arms/full/seed-0")), "compare")
+    assert results.require()["details"]["policy_kept"] is True
+    # Its results are lost: they are made again of the same policy.
+    results.store.write_bytes("compare/outcomes.parquet", b"damaged")
+    assert compared("full") == [] and kept(store, "full/seed-0")
+    assert compared("full", restart=True) == ["full/seed-0"]
+    assert not kept(store, "full/seed-0")
+
+
+def test_what_a_killed_command_left_to_delete_is_deleted_by_the_next(trained_arms, monkeypatch):
+    compared, store = trained_arms
+
+    delete = Store.delete
+
+    def killed(store, path):
+        if path == "policy":
+            raise KeyboardInterrupt
+        delete(store, path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "delete", killed)
+        with pytest.raises(KeyboardInterrupt):
+            compared("full")
+    assert kept(store, "full/seed-0")
+    assert compared("full", keep_policies=True) == [] and kept(store, "full/seed-0")
+    assert compared("full") == [] and not kept(store, "full/seed-0")
+
+
+def test_a_policy_of_an_arm_that_does_not_say_whether_it_was_kept_stays(trained_arms):
+    compared, store = trained_arms
+    compared("full", keep_policies=True)
+    path = "arms/full/seed-0/compare/MANIFEST.json"
+    manifest = store.read_json(path)
+    del manifest["details"]["policy_kept"]
+    store.write_json(path, manifest)
+    assert compared("full") == [] and kept(store, "full/seed-0")
+
+
+def test_restart_keeps_what_other_arms_and_seeds_have_cost(trained_arms):
+    compared, store = trained_arms
+    compared("full", "random:0.5", seeds=(0, 1), keep_policies=True)
+    assert compared("full", seeds=(1,), restart=True) == ["full/seed-1"]
+    assert kept(store, "full/seed-0") and kept(store, "random-0.5/seed-1")
+    assert compared("full", "random:0.5", seeds=(0, 1)) == []
+
+
+def test_a_column_that_does_not_say_which_labels_are_wrong_costs_no_training(
+    trained_arms, monkeypatch
+):
+    compared, store = trained_arms
+
+    def refused(corpus, scores, flipped_column):
+        raise ConfigError(f"{corpus.stage} {scores.stage} {flipped_column}")
+
+    monkeypatch.setattr(passes, "check_labels", refused)
+
+    def compared_with_the_column(**options):
+        with monkeypatch.context() as patched:
+            patched.setitem(CONFIG, "evaluate", {"flipped_column": "wrong"})
+            with pytest.raises(ConfigError, match="corpus scores wrong"):
+                compared("full", **options)
+
+    compared_with_the_column()
+    # Nothing was begun with that column, and nothing is deleted for it.
+    assert compared("full", keep_policies=True) == ["full/seed-0"]
+    compared_with_the_column(restart=True)
+    assert compared("full") == [] and kept(store, "full/seed-0")
+
+
+@pytest.fixture
+def finished_arms(prepared, monkeypatch):
+    """Writes finished arms into a run, and compares them as if no training were left to do."""
+    store = prepared
     monkeypatch.setattr(
         comparison_module, "_run_arm", lambda run, arm, seed, **_: result(arm, seed)
     )
@@ -510,6 +641,19 @@ def test_what_a_resumed_training_cost_is_unknown(resumed):
     costs = tuple(details[name] for name in ("train_s", "train_gpu_s", "steps_s"))
     assert costs == ((None, None, None) if resumed else (10.0, 20.0, 6.0))
     assert (details["steps"], details["train_loss"], details["evaluate_s"]) == (5, 0.5, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("purity", "right"),
+    [({}, None), ({"purity": {"kept": None}}, None), ({"purity": {"kept": {"value": 0.7}}}, 0.7)],
+)
+def test_an_arm_that_kept_no_known_label_has_no_share_of_right_ones(purity, right):
+    run = SimpleNamespace(config=parse_config(CONFIG), gpus=lambda asked: 0.0)
+    part = {"mean_length_difference": -1.0}
+    selected = {"counts": {"pairs": 4, "kept": 2}, "details": {"kept": part, "all": part}}
+    stage = {"seconds": 1.0, "details": {}}
+    details = _details(run, selected, stage, {"seconds": 3.0, "details": purity})
+    assert details["right_labels"] == right
 
 
 def test_an_unknown_cost_is_a_dash_in_page_terminal_and_benchmark():

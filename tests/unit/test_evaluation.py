@@ -1,6 +1,7 @@
 """Holdout metrics and label purity, against numbers derived by hand."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,15 +10,17 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from refscale import schema
-from refscale.errors import EvaluationError, SchemaError, ScoringError
+from refscale import schema, summary
+from refscale.errors import ConfigError, EvaluationError, SchemaError, ScoringError
 from refscale.evaluation import holdout
 from refscale.evaluation.holdout import (
     evaluate_pairs,
+    known_labels,
     label_purity,
     number_prompts,
     publish_evaluation,
 )
+from refscale.report.verdict import verdict
 from refscale.scoring.shard_scoring import table_to_bytes
 from refscale.storage.stages import StageFolder
 from refscale.storage.store import Store
@@ -375,6 +378,35 @@ def test_the_random_control_averages_to_the_corpus() -> None:
     assert abs(np.mean(values) - expected["random_expected"]) < 4 * error
 
 
+def test_where_nothing_is_kept_the_purity_of_the_corpus_is_left() -> None:
+    result = label_purity(np.array([1, 0, 0, 0], bool), np.zeros(4, bool), np.arange(4.0))
+    assert (result["n"], result["n_kept"], result["corpus"]["value"]) == (4, 0, 0.75)
+    assert (result["auc"], result["random_expected"]) == (1.0, 0.75)
+    assert result["kept"] is result["random"] is result["random_sd"] is None
+    shown = summary.evaluation_lines({"unscorable": {}, "purity": result})
+    assert [label for label, _ in shown] == ["right labels, corpus"]
+    values = {"selection": None, "training": None, "stages": [], "evaluation": {"purity": result}}
+    assert "right label" not in " ".join(verdict(values))
+
+
+def test_known_labels_are_flags_and_null_is_no_label() -> None:
+    values = [True, False, 1, 0, 1.0, 0.0, None]
+    known, wrong = known_labels(
+        [*({"wrong": value} for value in values), {}, {"other": "x"}], "wrong"
+    )
+    assert known.tolist() == [True] * 6 + [False] * 3
+    assert wrong.tolist() == [True, False] * 3
+
+
+@pytest.mark.parametrize(
+    "value", ["false", "true", "0", "", 2, 0.5, -1, float("nan"), [], {"a": 1}]
+)
+def test_a_label_that_is_no_flag_is_refused_by_column_and_value(value: object) -> None:
+    said = f"column 'wrong', .* true or false, 1 or 0, or null .* got {re.escape(repr(value))};"
+    with pytest.raises(ConfigError, match=said):
+        known_labels([{"wrong": True}, {"wrong": value}], "wrong")
+
+
 def test_purity_without_wrong_labels_has_no_auc() -> None:
     result = label_purity(np.zeros(4, bool), np.array([1, 0, 1, 0], bool), np.arange(4.0))
     assert result["auc"] is None
@@ -385,7 +417,7 @@ def test_purity_without_wrong_labels_has_no_auc() -> None:
     ("flipped", "kept", "keys", "message"),
     [
         ([0, 1], [1, 0], [1.0], "got 2, 2, 1"),
-        ([0, 1], [0, 0], [1.0, 2.0], "none of 2"),
+        ([], [], [], "no pair with a known label"),
         ([0, 1], [1, 0], [1.0, float("nan")], "1 selection keys are NaN"),
     ],
 )

@@ -397,6 +397,21 @@ def test_a_named_but_unset_key_is_an_error_before_any_request(tmp_path, monkeypa
         Judge(config, Store(tmp_path))
 
 
+def test_a_win_rate_without_its_key_or_prompt_is_refused_before_any_training(tmp_path, monkeypatch):
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    config = JudgeConfig(base_url="http://h/v1", model="m", api_key_env="NO_SUCH_KEY")
+    with pytest.raises(ConfigError, match="NO_SUCH_KEY, which is not set"):
+        win_rate.win_rate(config)
+    monkeypatch.setenv("NO_SUCH_KEY", "secret")
+    assert "secret" not in repr(win_rate.win_rate(config))
+    row = {"name": "pair-v1", "system_prompt": "", "prompt_template": "", "output_format": "[[A]]"}
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps(row))
+    with pytest.raises(ConfigError, match="have no pair-v2; they have pair-v1"):
+        win_rate.win_rate(config, judge_prompts=str(path))
+    win_rate.win_rate(judge_prompts=str(path))  # nobody is asked
+
+
 # -- what is judged --------------------------------------------------------------------------------
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Zürich"}}}

@@ -5,6 +5,7 @@ import re
 import shutil
 from collections import Counter
 from dataclasses import asdict, replace
+from typing import ClassVar
 
 import pytest
 from judge_server import JudgeServer, Reply
@@ -17,11 +18,12 @@ from refscale.errors import ConfigError, EvaluationError, FingerprintError, Mode
 from refscale.evaluation import mtbench, win_rate
 from refscale.evaluation.generation import (
     GENERATION_VERSION,
+    Completion,
     CompletionStep,
     Generator,
     GeneratorSettings,
 )
-from refscale.evaluation.grading import compare, grade
+from refscale.evaluation.grading import check_prompts, compare, grade
 from refscale.evaluation.judge import Judge
 from refscale.evaluation.mtbench import TEMPERATURES, Answerer, answer_items, lengths
 from refscale.evaluation.questions import Answer, Question, load_judge_prompts, load_questions
@@ -244,11 +246,46 @@ def test_a_question_without_an_answer_is_an_error(tmp_path):
             grade(judge(server, tmp_path), questions, given, load_judge_prompts())
 
 
+def lacking(*names):
+    """Our judge prompts without some of them."""
+    return {name: prompt for name, prompt in load_judge_prompts().items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    "missing",
+    ["single-v1", "single-math-v1-multi-turn", "pair-v2-multi-turn", "pair-math-v1"],
+)
+def test_prompts_are_checked_for_every_question_turn_and_kind(missing):
+    questions = load_questions()
+    check_prompts(questions, load_judge_prompts())
+    with pytest.raises(ConfigError, match=f"the judge prompts have no {missing};"):
+        check_prompts(questions, lacking(missing))
+    writing = [question for question in questions if question.category == "writing"]
+    if "math" in missing:
+        check_prompts(writing, lacking(missing))
+    check_prompts(questions, lacking(missing), ["pair" if "single" in missing else "single"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"prompt_template": "{question_3}"}, "asks for 'question_3', which we do not have"),
+        ({"output_format": "[[C]]"}, "only .* can be read"),
+    ],
+)
+@pytest.mark.parametrize("name", ["single-v1-multi-turn", "pair-v2"])
+def test_a_prompt_that_could_not_be_used_is_refused_beforehand(name, changes, said):
+    prompts = load_judge_prompts()
+    prompts[name] = replace(prompts[name], **changes)
+    with pytest.raises(ConfigError, match=f"the judge prompt {name} .*{said}"):
+        check_prompts(load_questions(), prompts)
+
+
 # -- the command -----------------------------------------------------------------------------------
 
 
 class FakeCluster:
-    gpus, embedded = 0, True
+    gpus, embedded, physical_cores = 0, True, 6
 
 
 @pytest.fixture
@@ -285,6 +322,38 @@ def test_what_was_graded_is_written_when_the_judge_is_gone_for_the_rest(finished
         rows = store.read_bytes(f"mtbench/{name}-single.jsonl").decode().splitlines()
         assert [json.loads(row)["score"] for row in rows] == [5.0] * 32
     assert not store.exists("mtbench/result.json")
+
+
+def test_a_judge_prompt_that_is_missing_is_said_before_anything_is_answered(
+    finished_run, tmp_path, monkeypatch
+):
+    config, store = finished_run
+    rows = [asdict(prompt) for prompt in lacking("pair-math-v1").values()]
+    path = write_jsonl(tmp_path / "prompts.jsonl", rows)
+    answered = []
+    monkeypatch.setattr(mtbench, "answer", lambda *given, **_options: answered.append(given))
+    with JudgeServer(lambda number, request: "[[5]]") as server:
+        with pytest.raises(ConfigError, match="have no pair-math-v1;"):
+            mtbench.run_mtbench(config, store.uri, server.config(), judge_prompts=str(path))
+    assert answered == []
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(0, "cpu"), (2, None)])
+def test_answers_wait_as_long_and_work_where_the_run_says(finished_run, monkeypatch, gpus, device):
+    config, store = finished_run
+    sections = config.model_dump()
+    sections["score"]["stalled_after_s"] = 4321.0
+    sections["ray"].update(replicas=2, gpus_per_replica=gpus)
+    found = []
+
+    def answers(settings, questions, folder, *, stalled_after_s, gpus_per_replica, **_options):
+        found.append((settings.num_threads, settings.device, gpus_per_replica, stalled_after_s))
+        return [answer(question, "x", "y") for question in questions]
+
+    monkeypatch.setattr(mtbench, "answer", answers)
+    run_quietly(parse_config(sections), store)
+    # 6 cores for 2 replicas.
+    assert found == [(3, device, gpus, 4321.0)] * 2
 
 
 def test_restart_answers_anew_and_pays_for_no_judgement_twice(finished_run, tmp_path):
@@ -507,11 +576,13 @@ def test_kept_answers_of_another_way_to_generate_are_refused(settings, tmp_path,
     store = Store(tmp_path)
     run = Run(store, config)
     ways = (
-        lambda: mtbench.answer(settings, small_set(), StageFolder(store, "mtbench/policy")),
+        lambda: mtbench.answer(
+            settings, small_set(), StageFolder(store, "mtbench/policy"), stalled_after_s=1
+        ),
         lambda: win_rate._complete(run, StageFolder(store, "completions"), settings, "i", [], 8),
     )
     monkeypatch.setattr(Run, "cluster", FakeCluster)
-    monkeypatch.setattr(runtime, "run_graph", lambda todo, steps: [])
+    monkeypatch.setattr(runtime, "run_graph", lambda todo, steps, **_options: [])
     for way in ways:
         assert way() == way() == []
     before = win_rate.win_rate().settings
@@ -521,6 +592,114 @@ def test_kept_answers_of_another_way_to_generate_are_refused(settings, tmp_path,
         with pytest.raises(FingerprintError, match="was made with generation = "):
             way()
     assert win_rate.win_rate().settings != before
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(0, "cpu"), (1, None)])
+def test_completions_of_an_arm_wait_as_long_and_work_where_the_run_says(
+    tmp_path, monkeypatch, gpus, device
+):
+    config = parse_config(
+        {
+            "model": {"model_name_or_path": "m"},
+            "corpus": {"sources": [{"path": "a.jsonl"}]},
+            "score": {"stalled_after_s": 4321},
+            "ray": {"replicas": 2, "gpus_per_replica": gpus},
+        }
+    )
+    run = Run(Store(tmp_path), config)
+    for stage in ("scores", "policy"):
+        folder = run.folder(stage)
+        folder.begin({})
+        folder.finish({"model": {}, "adapter": None}, [], counts={}, seconds=0.0)
+    asked = [{"pair_id": "0", "ids": [1], "text": "x"}]
+    given = []
+
+    def run_graph(todo, steps, *, stalled_after_s):
+        given.append((steps[0].options["settings"], stalled_after_s))
+        publish = steps[1].run
+        said = json.dumps([asdict(Completion("x", 1, False))])
+        return [publish({"unit": item["unit"], "completions": said}) for item in todo]
+
+    monkeypatch.setattr(Run, "cluster", FakeCluster)
+    monkeypatch.setattr(runtime, "run_graph", run_graph)
+    monkeypatch.setattr(win_rate, "_holdout_prompts", lambda corpus, limit: asked)
+    monkeypatch.setattr(win_rate, "pinned_model", lambda model, scored: model)
+    assert win_rate.win_rate(num_prompts=1)(run)["num_prompts"] == 1
+    found = [(s.num_threads, s.device, stalled_after_s) for s, stalled_after_s in given]
+    assert found == [(3, device, 4321.0)] * 2
+    # Another machine may go on: what was completed here is taken there.
+    monkeypatch.setattr(FakeCluster, "physical_cores", 64)
+    win_rate.win_rate(num_prompts=1)(run)
+    assert len(given) == 2
+
+
+def test_answers_may_be_gone_on_with_by_other_threads_and_devices(settings, tmp_path, monkeypatch):
+    waited = []
+
+    def run_graph(todo, steps, *, stalled_after_s):
+        waited.append(stalled_after_s)
+        return []
+
+    monkeypatch.setattr(runtime, "run_graph", run_graph)
+    folder = StageFolder(Store(tmp_path), "mtbench/policy")
+    for other in (settings, replace(settings, num_threads=7, device="cpu")):
+        mtbench.answer(other, small_set(), folder, stalled_after_s=4321)
+    assert waited == [4321]
+
+
+class Loaded:
+    """Stands for a model: notes how it was loaded and where it was put."""
+
+    places: ClassVar = {"layers.0": 0, "layers.1": 1}
+
+    def __init__(self, options):
+        self.options, self.moved = options, None
+        self.hf_device_map = dict(self.places) if "device_map" in options else {}
+        self.generation_config = None
+
+    def to(self, device):
+        self.moved = device
+        return self
+
+    def eval(self):
+        return self
+
+
+@pytest.fixture
+def on_gpus(settings, monkeypatch):
+    """Loads a model where that many GPUs are visible."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    def load(visible, **changes):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: visible > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+        monkeypatch.setattr(
+            AutoModelForCausalLM, "from_pretrained", lambda folder, **options: Loaded(options)
+        )
+        return Generator(replace(settings, num_threads=None, **changes))._model
+
+    return load
+
+
+def test_a_model_is_split_over_all_the_gpus_that_a_replica_was_given(on_gpus):
+    two = on_gpus(2)
+    assert two.options["device_map"] == "auto" and two.moved is None
+    one = on_gpus(1)
+    assert "device_map" not in one.options and one.moved == "cuda"
+    none = on_gpus(0)
+    assert "device_map" not in none.options and none.moved == "cpu"
+
+
+def test_a_replica_that_was_given_no_gpu_takes_none_that_it_sees(on_gpus):
+    model = on_gpus(2, device="cpu")
+    assert "device_map" not in model.options and model.moved == "cpu"
+
+
+def test_a_model_that_is_left_off_the_gpus_does_not_answer(on_gpus, monkeypatch):
+    monkeypatch.setattr(Loaded, "places", {"layers.0": 0, "layers.1": "cpu"})
+    with pytest.raises(ModelError, match=r"does not fit on 2 GPUs; raise ray.gpus_per_replica"):
+        on_gpus(2)
 
 
 def test_batches_have_one_temperature_and_hold_every_question_once():

@@ -175,6 +175,59 @@ def test_a_flipped_column_that_no_pair_has_is_refused_with_the_columns_there_are
         passes.purity(corpus, scores, names, decision, "flip")
 
 
+def relabel(corpus, names, label):
+    """Give each pair the label that `label` makes of its row; ... gives it none."""
+    for name in names:
+        table = corpus.read_table(f"{name}.parquet")
+        labels = [label(row) for row in table.to_pylist()]
+        texts = [json.dumps({"x": 1} if one is ... else {"x": 1, "wrong": one}) for one in labels]
+        place = table.schema.get_field_index("passthrough")
+        table = table.set_column(place, table.schema.field(place), pa.array(texts))
+        corpus.commit_shard(name, table)
+
+
+def finish(scores, names):
+    scores.finish({}, scores.adopt([f"{name}.parquet" for name in names]), counts={}, seconds=0.0)
+
+
+def test_a_label_that_is_null_is_as_one_that_is_absent_and_text_is_refused(tmp_path):
+    corpus, scores, names, _ = make_run(tmp_path)
+    finish(scores, names)
+    decision = decide_here(scores, names, SelectConfig(fraction=0.5))
+    results = []
+    for unknown in (None, ...):
+        relabel(
+            corpus, names, lambda row, unknown=unknown: [0, 1.0, unknown][row["source_row"] % 3]
+        )
+        passes.check_labels(corpus, scores, "wrong")
+        results.append(passes.purity(corpus, scores, names, decision, "wrong"))
+    assert results[0] == results[1]
+    # Two of three of the 160 training pairs, which are those of 200 that 5 does not divide.
+    assert results[0]["n"] == sum(i % 5 != 0 and i % 3 != 2 for i in range(200))
+    for label, said in (
+        (lambda row: "false" if row["source_row"] == 199 else False, "'wrong', .* got 'false'"),
+        (lambda row: None, "in which no training pair has a value; the corpus carries wrong, x"),
+        # Only what is trained on counts.
+        (lambda row: 1 if row["split"] == schema.HOLDOUT else ..., "the corpus carries x"),
+    ):
+        relabel(corpus, names, label)
+        with pytest.raises(ConfigError, match=said):
+            passes.purity(corpus, scores, names, decision, "wrong")
+        with pytest.raises(ConfigError, match=said):
+            passes.check_labels(corpus, scores, "wrong")
+
+
+def test_where_no_kept_pair_has_a_label_the_purity_of_the_rest_is_left(tmp_path):
+    corpus, scores, names, _ = make_run(tmp_path)
+    decision = decide_here(scores, names, SelectConfig(fraction=0.5))
+    selection, records = run_keep(tmp_path, corpus, scores, names, decision)
+    kept = kept_ids(selection, records)
+    relabel(corpus, names, lambda row: ... if row["pair_id"] in kept else row["source_row"] % 2)
+    result = passes.purity(corpus, scores, names, decision, "wrong")
+    assert (result["n"], result["n_kept"], result["kept"]) == (80, 0, None)
+    assert 0 < result["corpus"]["value"] < 1
+
+
 def test_scores_of_another_corpus_are_refused(tmp_path):
     corpus, scores, names, _ = make_run(tmp_path)
     table = corpus.read_table(f"{names[0]}.parquet")
