@@ -23,6 +23,8 @@ _BUCKET, _LIVE_PARAMETERS, _SUB_GROUP = 5e8, 1e9, 1e9
 _TILE_ROWS, _TILE_VOCAB = 4096, 65536
 _BUDGETS = (2048, 65536)
 _HEAD_ROWS, _HEAD_VOCAB = 4096, 32768
+# Of training: whatever it computes a second, padding and recomputation included, over the peak.
+COMPUTED_MFU = 0.35
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,15 @@ class Assumptions:
 
     Attributes:
         scoring_mfu: Useful operations of scoring a second, over the GPU's peak.
-        training_mfu: Operations of training, recomputation included, over the peak.
+        training_mfu: The same of training, as a run's model_flops_per_s counts them: forward and
+            backward, each prompt once. So padding and recomputation lower it. None: 0.35 of what
+            the GPU computes, less the config's share of padding and recomputation.
         context_gib: CUDA context, libraries and fragmentation, each process.
         price_per_gpu_hour: None for no costs.
     """
 
     scoring_mfu: float = 0.45
-    training_mfu: float = 0.35
+    training_mfu: float | None = None
     context_gib: float = 2.0
     price_per_gpu_hour: float | None = None
 

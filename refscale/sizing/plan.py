@@ -17,6 +17,7 @@ from refscale.config import Config
 from refscale.config_file import load_config
 from refscale.errors import ConfigError
 from refscale.sizing.footprint import (
+    COMPUTED_MFU,
     STAGES,
     Assumptions,
     Gpu,
@@ -41,7 +42,8 @@ class Sizing:
 
     `flops`, `gpu_hours` and `hours` are by stage: `gpu_hours` of the GPUs that it uses, `hours` of
     the clock. With `train.eval_steps`, `measuring` is what training does on the holdout: it looks
-    `measurements` times at `measured_pairs` pairs, `measured_tokens` in all.
+    `measurements` times at `measured_pairs` pairs, `measured_tokens` in all. `assumptions` has the
+    training MFU that was taken where none was given.
     """
 
     gpu: Gpu
@@ -158,9 +160,19 @@ def plan(
     assumed = assumptions or Assumptions()
     count, gpu = parse_gpus(gpus)
     shape = model or model_shape(config)
+    # Scoring and the evaluation compute in model.dtype, and training in what scored unless told.
     half = config.model.dtype in ("auto", "bfloat16", "float16")
-    peak = (gpu.bf16_tflops if half else gpu.fp32_tflops) * 1e12
-    notes = [] if half else ["model.dtype float32: the peak is that of fp32 without TF32"]
+    half_training = config.train.bf16
+    if half_training is None:
+        half_training = config.model.dtype in ("auto", "bfloat16")
+    notes = [
+        f"{cause}: the peak is that of fp32 without TF32"
+        for cause, is_half in (
+            (f"scoring in model.dtype {config.model.dtype}", half),
+            ("training in float32", half_training),
+        )
+        if not is_half
+    ]
 
     per_replica, budget, memory = replica_memory(config, shape, gpu, count, assumed, half)
     asked = config.ray.gpus_per_replica
@@ -181,9 +193,26 @@ def plan(
     measurements = _measurements(config, steps) if held else 0
     work = _flops(config, shape, lengths, trained, held, measurements)
     notes += _measuring_notes(config, work, held, measurements)
-    per_hour = 3600 * peak
-    rates = dict.fromkeys(("scoring", "evaluation"), assumed.scoring_mfu * per_hour / per_replica)
-    rates |= dict.fromkeys(("training", "measuring"), assumed.training_mfu * per_hour)
+    passes, computed_passes = _passes(config, shape)
+    recomputed = computed_passes / passes
+    training_mfu = assumed.training_mfu
+    if training_mfu is None:
+        padded = _tokens_in_training(config, lengths) * lengths.num_pairs / lengths.useful_tokens
+        training_mfu = COMPUTED_MFU / (padded * recomputed)
+        assumed = replace(assumed, training_mfu=training_mfu)
+    peak, peak_training = (
+        3600e12 * (gpu.bf16_tflops if is_half else gpu.fp32_tflops)  # operations an hour
+        for is_half in (half, half_training)
+    )
+    scoring_rate = assumed.scoring_mfu * peak / per_replica
+    training_rate = training_mfu * peak_training
+    rates = {
+        "scoring": scoring_rate,
+        "training": training_rate,
+        # A forward alone is not computed again.
+        "measuring": training_rate * recomputed,
+        "evaluation": scoring_rate,
+    }
     gpu_hours = {name: flops / rates[name] for name, flops in work.items()}
     workers = min(config.train.num_workers, count)
     if workers < config.train.num_workers:
@@ -194,7 +223,7 @@ def plan(
             f" set train.num_workers: {count}, which makes a step's batch larger"
         )
     used.update(training=workers, measuring=workers, evaluation=used["scoring"])
-    itemsize = 2 if config.train.bf16 is not False and half else 4
+    itemsize = 2 if half_training else 4
 
     def training(stage: str, number: int) -> Memory:
         return worker_memory(config, shape, lengths.longest, gpu, number, stage, itemsize, assumed)
@@ -244,7 +273,7 @@ def size_run(
     num_pairs: int | None = None,
     lengths: str | None = None,
     scoring_mfu: float = Assumptions.scoring_mfu,
-    training_mfu: float = Assumptions.training_mfu,
+    training_mfu: float | None = Assumptions.training_mfu,
 ) -> Sizing:
     """What `refscale plan` does: lengths from the best source there is, then `plan`.
 
@@ -387,21 +416,25 @@ def _flops(
     """Useful operations by stage; kept and held-out pairs are as long as all others."""
     scoring = shape.flops(lengths.computed_tokens, lengths.head_rows, lengths.context)
     pair = scoring / lengths.num_pairs
-    if config.train.packed == "off":
-        # Nothing shared: the prompt is computed once a side.
-        pair *= lengths.padded_tokens / lengths.useful_tokens
-    # Backward costs a forward for the inputs' gradients and one for the weights', which the frozen
-    # ones of LoRA do not have; checkpointing costs one more; no reference pass at all.
-    passes = 3 if shape.trainable == shape.parameters else 2
-    passes += config.train.gradient_checkpointing
+    passes, _ = _passes(config, shape)
     # A measurement is a forward of the policy alone.
     measuring = {"measuring": measurements * held * pair} if measurements else {}
     return {
         "scoring": scoring,
         "training": trained * pair * passes,
         **measuring,
-        "evaluation": held * scoring / lengths.num_pairs,
+        "evaluation": held * pair,
     }
+
+
+def _passes(config: Config, shape: ModelShape) -> tuple[int, int]:
+    """What a training step costs in forwards: the useful ones, and those that it computes.
+
+    Backward costs one for the inputs' gradients and one for the weights', which the frozen ones of
+    LoRA do not have; checkpointing computes one more; there is no reference pass at all.
+    """
+    useful = 3 if shape.trainable == shape.parameters else 2
+    return useful, useful + config.train.gradient_checkpointing
 
 
 def _hours(value: float) -> str:

@@ -11,6 +11,7 @@ import math
 import resource
 import time
 from collections.abc import Iterator
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ class PrecomputedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         self.sequential, self.token_budget = sequential, token_budget
         self.pairs_seen = 0  # of all ranks, since this process began
         self._since = (time.perf_counter(), 0, 0)  # seconds, pairs and tokens at the last log
-        self._useful: list[torch.Tensor] = []  # this rank's useful_tokens since the last log
+        self._useful: list[torch.Tensor] = []  # this rank's useful_work since the last log
         self._micro_batches: list[int] = []  # pairs of each in the current optimizer step
         if packed:
             tokenizer = kwargs["processing_class"]
@@ -158,7 +159,7 @@ class PrecomputedDPOTrainer(DPOTrainer):  # type: ignore[misc]
             raise self._not_finite(f"the loss is {loss.item()}")
         if not torch.is_grad_enabled():  # the holdout is measured
             return result
-        self._useful.append(useful_tokens(inputs))
+        self._useful.append(useful_work(inputs))
         if self.token_budget is not None and self._micro_batches:
             pairs = len(inputs["ref_chosen_logps"])
             loss = loss * (pairs * len(self._micro_batches) / sum(self._micro_batches))
@@ -195,8 +196,8 @@ class PrecomputedDPOTrainer(DPOTrainer):  # type: ignore[misc]
             elapsed = max(self._since[0] - seconds, 1e-9)
             logs["pairs_per_s"] = (self.pairs_seen - pairs) / elapsed
             logs["tokens_per_s"] = (self._total_train_tokens - tokens) / elapsed
-            layers, head = self._flops
-            logs["model_flops_per_s"] = sum(t * layers + c * head for t, c in useful) / elapsed
+            done = sum(self._flops.total(*counts) for counts in useful)
+            logs["model_flops_per_s"] = done / elapsed
             logs["peak_memory_gib"] = peak_memory_gib()
         super().log(logs, start_time)
 
@@ -206,25 +207,28 @@ class PrecomputedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         self._useful.clear()
 
 
-def useful_tokens(inputs: dict[str, Any]) -> torch.Tensor:
-    """Tokens with each prompt counted once, and tokens of completions; int64 (2,)."""
+def useful_work(inputs: dict[str, Any]) -> torch.Tensor:
+    """What a micro-batch has to compute, each prompt once and no padding; int64 (3,).
+
+    Tokens, tokens of completions, and keys attended, summed over the tokens.
+    """
     pairs = len(inputs["ref_chosen_logps"])
-    completions = inputs["completion_mask"]
-    tokens = inputs["attention_mask"][:pairs].sum() + completions[pairs:].sum()
-    return torch.stack([tokens, completions.sum()])
+    lengths, completions = (inputs[n].sum(dim=1) for n in ("attention_mask", "completion_mask"))
+    again = (lengths - completions)[pairs:]  # prompts of the rejected rows
+    keys = (lengths * (lengths + 1)).sum() - (again * (again + 1)).sum()
+    return torch.stack([lengths.sum() - again.sum(), completions.sum(), keys // 2])
 
 
-def training_flops(model: Any) -> tuple[float, float]:
-    """Operations, multiply and add apart, of a token in the layers and of a prediction in the head.
+def training_flops(model: Any) -> Flops:
+    """Operations of training, counted as `refscale plan` counts them.
 
     The forward's, counted as for scoring, and twice that backward; with LoRA once, since the base
-    has no weight gradients. Attention between tokens is left out, and so is recomputation, as MFU
-    has it.
+    has no weight gradients. Recomputation is left out, as MFU has it.
     """
     lora = is_peft_model(model)
     forward = Flops.of(model.get_base_model() if lora else model)
     passes = 2.0 if lora else 3.0
-    return passes * forward.per_token, passes * forward.per_head_row
+    return Flops(*(passes * value for value in astuple(forward)))
 
 
 def peak_memory_gib() -> float:

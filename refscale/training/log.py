@@ -8,9 +8,10 @@ A row holds step, max_steps, epoch, loss, learning_rate, grad_norm, TRL's reward
 rewards/rejected, rewards/margins, rewards/accuracies, logps/…, logits/…, entropy and num_tokens,
 and ours: pairs_per_s and tokens_per_s of all ranks since the last row (tokens as num_tokens counts
 them: a prompt for each of its completions); rank 0's model_flops_per_s, whose share of the device's
-peak is MFU (useful tokens only: a prompt once), and peak_memory_gib. The first row also has
-start_check_…; the row of a step after which the holdout was measured also has TRL's metrics of it:
-eval_loss, eval_rewards/margins, … (means over batches, whatever their size).
+peak is MFU (useful operations alone: a prompt once, no padding, no recomputation), and
+peak_memory_gib. The first row also has start_check_…; the row of a step after which the holdout was
+measured also has TRL's metrics of it: eval_loss, eval_rewards/margins, … (means over batches,
+whatever their size).
 """
 
 import json

@@ -133,15 +133,13 @@ def refusal(
     """Why `model` cannot take the packed step; None where it may.
 
     Args:
-        model: The policy.
+        model: The policy, without dropout (`policy.disable_dropout`).
         device: Where it computes.
         router_aux_loss_coef: As TRL's; None takes the one of the model's config.
     """
     config = model.config.get_text_config()
     if not getattr(model, "_supports_attention_backend", False):
         return f"{config.model_type} does not take its attention from transformers"
-    if getattr(config, "attention_dropout", 0.0):
-        return f"{config.model_type} has attention dropout"
     if router_aux_loss_coef is None:
         router_aux_loss_coef = getattr(config, "router_aux_loss_coef", 0.0)
     # TRL adds the router's loss to DPO's whether or not the config asks for router logits.

@@ -12,8 +12,10 @@ float32, but for those of a quantised base, which TRL makes bfloat16. Otherwise 
 
 import contextlib
 import dataclasses
+import inspect
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,11 +34,11 @@ from refscale.training.presets import Device
 
 
 def load_policy(settings: WorkerSettings, device: Device) -> tuple[Any, Any]:
-    """The model to train and its tokenizer.
+    """The model to train, without dropout but for `torch.nn.Dropout`, and its tokenizer.
 
     Raises:
         ConfigError: A quantised base without LoRA, or under ZeRO-3.
-        ModelError: They cannot be loaded.
+        ModelError: They cannot be loaded, or the model's dropout cannot be disabled.
     """
     train = settings.train
     check_quantization(settings.quantization, train)
@@ -69,9 +71,52 @@ def load_policy(settings: WorkerSettings, device: Device) -> tuple[Any, Any]:
         raise ModelError(
             f"cannot load {settings.model_name_or_path} for training: {first}"
         ) from exc
+    disable_dropout(model)
     if settings.chat_template:
         tokenizer.chat_template = Path(settings.chat_template).read_text(encoding="utf-8")
     return model, tokenizer
+
+
+# Source of a forward that reads a rate from the config, as Falcon's and Persimmon's do.
+_RATE_IN_CONFIG = re.compile(r"\bconfig\.(\w*drop\w*)")
+
+
+def disable_dropout(model: Any) -> None:
+    """Set the rates to 0 that layers keep as plain floats: attention's, residuals', whole layers'.
+
+    TRL's `disable_dropout` does so with `torch.nn.Dropout`, and leaves these. The config, with
+    which the policy is saved, stays as it is.
+
+    Args:
+        model: The policy, not wrapped yet.
+
+    Raises:
+        ModelError: A layer reads a rate above 0 from the config in every forward.
+    """
+    read = {kind: _rates_read(kind) for kind in {type(module) for module in model.modules()}}
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float) and value > 0:
+                setattr(module, name, 0.0)
+        for name in read[type(module)]:
+            rate = getattr(getattr(module, "config", None), name, None)
+            if isinstance(rate, float) and rate > 0:
+                raise ModelError(
+                    f"{type(module).__name__} would train with {name} {rate:g}, which it reads from"
+                    " the model's config.json in every forward: the stored sums are without"
+                    " dropout, so no step would match them; set it to 0 there"
+                )
+
+
+def _rates_read(kind: type) -> set[str]:
+    """Names of dropout rates that a layer's methods read from the config, but to make the layer."""
+    names: set[str] = set()
+    for name, method in inspect.getmembers(kind, inspect.isfunction):
+        if name == "__init__" or method.__module__ != kind.__module__:
+            continue
+        with contextlib.suppress(OSError, TypeError):  # made without a source file
+            names.update(_RATE_IN_CONFIG.findall(inspect.getsource(method)))
+    return names
 
 
 def check_adapter(model: Any) -> None:

@@ -167,8 +167,18 @@ def packed_check(trainer: DPOTrainer, model: Any, num_pairs: int) -> str | None:
     bf16 = trainer.args.bf16
     try:
         packed = _sample_sums(trainer, model, num_pairs, packed=True, bf16=bf16)
-    except (NotImplementedError, ValueError) as exc:  # `packed_attention` refuses with the latter
-        return " ".join(str(exc).split())
+    except (torch.OutOfMemoryError, torch.distributed.DistError):
+        raise
+    except (
+        RuntimeError,  # of which NotImplementedError is one
+        TypeError,
+        ValueError,
+        AttributeError,
+        LookupError,
+        AssertionError,
+    ) as exc:
+        # As scoring's self-check has it: whatever a foreign architecture does with packs.
+        return f"a packed step breaks off: {' '.join(str(exc).split()) or type(exc).__name__}"
     padded = _sample_sums(trainer, model, num_pairs, packed=False, bf16=bf16)
     difference = np.abs(packed.policy - padded.policy)
     if (difference <= packed.budget).all():

@@ -21,6 +21,8 @@ from training_support import (
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    DogeConfig,
+    DogeForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -42,7 +44,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from refscale.errors import TrainingError
 from refscale.scoring import attention
-from refscale.training import packed_dpo
+from refscale.training import packed_dpo, start_check
 from refscale.training.packed_dpo import PackedCollator, install, pack_pairs, refusal
 
 # Fixtures of training_support, which pytest finds by their names here.
@@ -211,10 +213,6 @@ def test_an_unpacked_call_is_untouched() -> None:
 
 
 REFUSED = {
-    "dropout": (
-        lambda: LlamaForCausalLM(LlamaConfig(**SIZES, attention_dropout=0.1)),
-        "attention dropout",
-    ),
     "state from token to token": (
         lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
         "carry state",
@@ -316,6 +314,35 @@ def test_layers_that_ask_for_more_than_packs_serve_train_padded(
     metrics, (log,) = run(asked)
     assert "s_aux, which packs do not serve" in metrics["train_path"]
     assert log["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_a_family_whose_packed_step_breaks_off_trains_padded(settings: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    # Its layers make a mask of their own, which packs assert that there is none of.
+    doge = DogeForCausalLM(DogeConfig(**SIZES, keep_window_size=64)).eval()
+    folder = tmp_path / "doge"
+    doge.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(settings.model_name_or_path).save_pretrained(folder)
+    asked = dataclasses.replace(
+        changed(settings, trl={"router_aux_loss_coef": 0.0}, max_steps=1),
+        model_name_or_path=str(folder),
+        selection_files=[write_selection(tmp_path / "d.parquet", selection_rows(doge, 8))],
+    )
+    metrics, (log,) = run(asked)
+    assert metrics["train_path"].startswith("padded: a packed step breaks off: a pack has neither")
+    assert log["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.distributed.DistBackendError])
+def test_what_no_other_path_helps_against_ends_the_training(
+    settings: Any, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error("not the model's fault")
+
+    monkeypatch.setattr(start_check, "_sample_sums", fail)
+    with pytest.raises((error, TrainingError), match="not the model's fault"):
+        run(changed(settings, packed="auto"))
 
 
 def test_a_packed_path_that_is_wrong_is_found_out_and_not_taken(

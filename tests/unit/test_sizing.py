@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -380,14 +381,24 @@ def test_the_holdout_is_measured_every_eval_steps_and_after_the_last(llama, trai
     assert plan(make_config(llama, train=train), lengths).measurements == measurements
 
 
-def test_measuring_computes_the_prompt_twice_where_training_does(llama):
+def test_padded_training_takes_longer_unless_its_mfu_is_given(llama):
     lengths = of_means(100, 400, 400, 400, holdout_fraction=0.1)
-    packed, padded = (
-        plan(make_config(llama, train={"eval_steps": 100, "packed": packed}), lengths)
-        for packed in ("auto", "off")
-    )
-    assert padded.flops["measuring"] == pytest.approx(packed.flops["measuring"] * 1600 / 1200)
+
+    def sized(packed, **assumed):
+        config = make_config(llama, train={"eval_steps": 100, "packed": packed})
+        return plan(config, lengths, assumptions=Assumptions(**assumed))
+
+    packed, padded = sized("auto"), sized("off")
     assert (packed.measured_tokens, padded.measured_tokens) == (10 * 1200, 10 * 1600)
+    assert packed.assumptions.training_mfu == 0.35
+    assert padded.assumptions.training_mfu == pytest.approx(0.35 * 1200 / 1600)
+    given = [sized(packed, training_mfu=0.3) for packed in ("auto", "off")]
+    for name in ("training", "measuring"):
+        assert padded.flops[name] == packed.flops[name]
+        # The prompt is computed twice.
+        assert padded.gpu_hours[name] == pytest.approx(packed.gpu_hours[name] * 1600 / 1200)
+        # A measured MFU is that of a run that was padded too.
+        assert given[0].gpu_hours[name] == given[1].gpu_hours[name]
 
 
 def test_without_a_holdout_nothing_is_measured(llama):
@@ -436,23 +447,95 @@ def test_lora_holds_gradients_and_optimizer_of_the_adapter_only(llama):
 def test_lora_computes_no_gradients_of_the_frozen_weights(llama):
     lengths = of_means(10, 4, 4, 4)
     peft = {"r": 16, "target_modules": ["q_proj", "v_proj"]}
-    flops = [
-        plan(make_config(llama, train=train), lengths).flops["training"]
+    full, lora, checkpointed = (
+        plan(make_config(llama, train=train), lengths)
         for train in ({}, {"peft": peft}, {"peft": peft, "gradient_checkpointing": True})
-    ]
+    )
     # Forward and both gradients; forward and the inputs' gradients; the forward once more.
-    assert flops[1:] == pytest.approx([flops[0] * 2 / 3, flops[0]])
+    assert lora.flops["training"] == pytest.approx(full.flops["training"] * 2 / 3)
+    assert lora.gpu_hours["training"] == pytest.approx(full.gpu_hours["training"] * 2 / 3)
+    assert checkpointed.flops["training"] == lora.flops["training"]
+    assert checkpointed.gpu_hours["training"] == pytest.approx(full.gpu_hours["training"])
 
 
 def test_gradient_checkpointing_takes_a_forward_more_and_far_fewer_activations(llama):
     shape = model_shape(make_config(llama))
     lengths = of_means(1000, 400, 400, 400)
-    plain = plan(make_config(llama), lengths, model=shape)
-    config = make_config(llama, train={"gradient_checkpointing": True})
-    checkpointed = plan(config, lengths, model=shape)
-    assert checkpointed.flops["training"] == pytest.approx(plain.flops["training"] * 4 / 3)
+    lengths = replace(lengths, holdout_pairs=100)
+
+    def sized(checkpointing, **assumed):
+        train = {"gradient_checkpointing": checkpointing, "eval_steps": 10}
+        assumptions = Assumptions(**assumed)
+        return plan(make_config(llama, train=train), lengths, model=shape, assumptions=assumptions)
+
+    plain, checkpointed = sized(False), sized(True)
+    assert checkpointed.flops == plain.flops  # useful ones
+    hours, longer = plain.gpu_hours, checkpointed.gpu_hours
+    assert longer["training"] == pytest.approx(hours["training"] * 4 / 3)
+    assert longer["measuring"] == pytest.approx(hours["measuring"])  # a forward alone
+    # A measured MFU has the recomputation in it: 0.3 of useful operations, of 0.4 computed.
+    given = sized(True, training_mfu=0.3)
+    flops = plain.flops
+    assert given.gpu_hours["training"] == pytest.approx(flops["training"] / (0.3 * 989e12 * 3600))
+    assert given.gpu_hours["measuring"] == pytest.approx(flops["measuring"] / (0.4 * 989e12 * 3600))
     before, after = (s.worker_memory["zero2"].parts["activations"] for s in (plain, checkpointed))
     assert after < before / 10
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bf16", "scoring", "training", "notes"),
+    [
+        ("bfloat16", None, 989, 989, []),
+        ("auto", None, 989, 989, []),
+        ("float32", None, 67, 67, ["scoring in model.dtype float32", "training in float32"]),
+        ("float32", True, 67, 989, ["scoring in model.dtype float32"]),
+        ("bfloat16", False, 989, 67, ["training in float32"]),
+        ("float16", None, 989, 67, ["training in float32"]),  # train.bf16 is what scored in bf16
+    ],
+)
+def test_scoring_and_training_are_each_sized_in_their_own_dtype(
+    llama, dtype, bf16, scoring, training, notes
+):
+    config = make_config(llama, train={"bf16": bf16, "eval_steps": 10})
+    config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
+    lengths = of_means(1000, 400, 400, 400, holdout_fraction=0.1)
+    sizing = plan(config, lengths, gpus="4xH200")
+    for name, mfu, tflops in (
+        ("scoring", 0.45, scoring),
+        ("evaluation", 0.45, scoring),
+        ("training", 0.35, training),
+        ("measuring", 0.35, training),
+    ):
+        hours = sizing.flops[name] / (mfu * tflops * 1e12 * 3600)
+        assert sizing.gpu_hours[name] == pytest.approx(hours), name
+    # Weights of a replica, and weights with DeepSpeed: 2 bytes or 4.
+    size = 2 if scoring == 989 else 4
+    assert sizing.replica_memory.parts["weights"] == pytest.approx(size * PARAMETERS / GIB)
+    size = 2 if training == 989 else 4
+    assert sizing.worker_memory["zero2"].parts["weights"] == pytest.approx(size * PARAMETERS / GIB)
+    peaks = [note for note in sizing.notes if "without TF32" in note]
+    assert peaks == [f"{note}: the peak is that of fp32 without TF32" for note in notes]
+
+
+def test_the_operations_of_a_micro_batch_are_those_that_a_run_counts(tiny_model):
+    """So that a run's model_flops_per_s over the peak is what --training-mfu takes."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from refscale.training.dpo_trainer import training_flops, useful_work
+    from refscale.training.packed_dpo import PackedCollator
+
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    sides = (list(range(10, 50)), list(range(60, 80)), list(range(90, 105)))
+    batch = PackedCollator(pad_token_id=0)([dict(zip(names, sides, strict=True))] * 3)
+    batch["ref_chosen_logps"] = torch.zeros(3)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    counted = training_flops(model).total(*useful_work(batch).tolist())
+    lengths = of_means(3, 40, 20, 15)
+    config = make_config(tiny_model, select={"fraction": 1.0}, train={"deepspeed": None})
+    planned = plan(config, lengths, gpus="1xH100").flops["training"]
+    # A run counts the last token of each completion too, 2 of 75, which has no prediction.
+    assert 1 < counted / planned < 75 / 73
 
 
 def test_operations_are_those_that_the_engine_counts(tiny_model):

@@ -31,10 +31,10 @@ from transformers import (
 from trl import DPOTrainer
 
 from refscale.errors import TrainingError
-from refscale.scoring.flops import num_weights
+from refscale.scoring.flops import Flops, num_weights
 from refscale.training.checks import DIVERGENCES, DIVERGENT_LOSSES, LOSS_TYPES
 from refscale.training.data import REF_COLUMNS, load_selection
-from refscale.training.dpo_trainer import PrecomputedDPOTrainer, training_flops, useful_tokens
+from refscale.training.dpo_trainer import PrecomputedDPOTrainer, training_flops, useful_work
 from refscale.training.worker import WorkerSettings
 
 __all__ = ["model_dir", "rows", "settings"]  # fixtures, which pytest finds by their names here
@@ -248,10 +248,9 @@ def test_each_log_holds_curves_speed_and_memory_also_for_tensorboard(
     assert ratio == pytest.approx(logs[-1]["num_tokens"] / 12, rel=0.5)
     # 2 layers of (q and o: 32 x 32, k and v: 32 x 16, three of 32 x 48).
     layers = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
-    assert training_flops(AutoModelForCausalLM.from_pretrained(settings.model_name_or_path)) == (
-        6 * layers,
-        6 * 32 * VOCAB,
-    )
+    # A key that a token attends: 4 operations an element of 4 heads of 8.
+    flops = training_flops(AutoModelForCausalLM.from_pretrained(settings.model_name_or_path))
+    assert flops == Flops(6 * layers, 6 * 32 * VOCAB, 3 * 4 * 2 * 32)
     # Of one step: its useful tokens are at most those that TRL counts, which has prompts twice.
     step = logs[1]["model_flops_per_s"] / logs[1]["pairs_per_s"] * 4
     counted = logs[1]["num_tokens"] - logs[0]["num_tokens"]
@@ -272,10 +271,10 @@ def test_operations_are_of_the_experts_that_a_token_takes_and_once_backward_with
     model = MixtralForCausalLM(MixtralConfig(vocab_size=VOCAB, **sizes, **heads, **experts))
     # A layer: q, k, v and o, the router of 8 experts, two experts of three matrices.
     layers = 2 * (4 * 32 * 32 + 8 * 32 + 2 * 3 * 32 * 48)
-    assert training_flops(model) == (6 * layers, 6 * 32 * VOCAB)
+    assert training_flops(model) == Flops(6 * layers, 6 * 32 * VOCAB, 3 * 4 * 2 * 32)
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"]))
     added = 2 * 2 * 4 * 32
-    assert training_flops(adapted) == (4 * (layers + added), 4 * 32 * VOCAB)
+    assert training_flops(adapted) == Flops(4 * (layers + added), 4 * 32 * VOCAB, 2 * 4 * 2 * 32)
 
 
 def test_weights_are_counted_whole_where_a_rank_or_a_byte_holds_parts_of_them() -> None:
@@ -289,10 +288,16 @@ def test_weights_are_counted_whole_where_a_rank_or_a_byte_holds_parts_of_them() 
     assert num_weights(packed) == 24
 
 
-def test_useful_tokens_count_a_prompt_once(settings: WorkerSettings) -> None:
+def test_useful_work_counts_a_prompt_once(settings: WorkerSettings) -> None:
     trainer = make_trainer(settings)
     rows = [trainer.train_dataset[i] for i in range(5)]
     ids = {side: sum(len(row[f"{side}_ids"]) for row in rows) for side in ("prompt", "chosen")}
     rejected = sum(len(row["rejected_ids"]) for row in rows)
-    counts = useful_tokens(trainer.data_collator(rows)).tolist()
-    assert counts == [sum(ids.values()) + rejected, ids["chosen"] + rejected]
+    # A token attends all before it and itself.
+    keys = 0
+    for row in rows:
+        prompt, *sides = (len(row[f"{side}_ids"]) for side in ("prompt", "chosen", "rejected"))
+        keys += sum(range(1, prompt + 1))
+        keys += sum(sum(range(prompt + 1, prompt + side + 1)) for side in sides)
+    counts = useful_work(trainer.data_collator(rows)).tolist()
+    assert counts == [sum(ids.values()) + rejected, ids["chosen"] + rejected, keys]

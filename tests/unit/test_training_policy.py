@@ -29,13 +29,27 @@ from training_support import (
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    FalconConfig,
+    FalconForCausalLM,
+    GPTBigCodeConfig,
+    GPTBigCodeForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    SeedOssConfig,
+    SeedOssForCausalLM,
+    Starcoder2Config,
+    Starcoder2ForCausalLM,
 )
 from trl import DPOTrainer
+from trl.trainer.utils import disable_dropout_in_model
 
 from refscale import schema
-from refscale.errors import ConfigError, TrainingError
+from refscale.errors import ConfigError, ModelError, TrainingError
 from refscale.training import worker
 from refscale.training.data import load_selection
+from refscale.training.policy import load_policy
 from refscale.training.worker import WorkerSettings, run_worker
 
 __all__ = ["model_dir", "rows", "settings"]  # fixtures, which pytest finds by their names here
@@ -60,6 +74,99 @@ def test_the_policy_loads_and_differs_from_the_reference(settings: WorkerSetting
     ]
     assert max(moved) > 1e-4
     assert len(AutoTokenizer.from_pretrained(settings.policy_dir)) == VOCAB
+
+
+# --- dropout
+
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+}
+DROPPING = {
+    "gpt_bigcode": lambda: GPTBigCodeForCausalLM(
+        GPTBigCodeConfig(
+            vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=2, n_head=4, pad_token_id=0,
+            bos_token_id=2, eos_token_id=1,
+        )
+    ),
+    "opt": lambda: OPTForCausalLM(
+        OPTConfig(
+            **SIZES, ffn_dim=48, word_embed_proj_dim=32, attention_dropout=0.1, layerdrop=0.5
+        )
+    ),
+    "seed_oss": lambda: SeedOssForCausalLM(
+        SeedOssConfig(
+            **SIZES, intermediate_size=48, num_key_value_heads=2, head_dim=8, attention_dropout=0.1,
+            residual_dropout=0.1,
+        )
+    ),
+    "starcoder2": lambda: Starcoder2ForCausalLM(
+        Starcoder2Config(
+            **SIZES, intermediate_size=48, num_key_value_heads=2, attention_dropout=0.1,
+            residual_dropout=0.1, embedding_dropout=0.1,
+        )
+    ),
+    "llama": lambda: LlamaForCausalLM(
+        LlamaConfig(**SIZES, intermediate_size=48, num_key_value_heads=2, attention_dropout=0.1)
+    ),
+}  # fmt: skip
+
+
+def dropping(settings: WorkerSettings, tmp_path: Path, model: Any) -> WorkerSettings:
+    """To train this model, which is saved with tokenizer and a selection that it scored."""
+    folder = tmp_path / "dropping"
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(settings.model_name_or_path).save_pretrained(folder)
+    rows = selection_rows(model.eval(), 8)
+    return dataclasses.replace(
+        settings,
+        model_name_or_path=str(folder),
+        selection_files=[write_selection(tmp_path / "dropping.parquet", rows)],
+    )
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_a_policy_in_training_computes_what_scored(
+    settings: WorkerSettings, tmp_path: Path, name: str
+) -> None:
+    torch.manual_seed(0)
+    asked = dropping(changed(settings, max_steps=2), tmp_path, DROPPING[name]())
+    model, _ = load_policy(asked, "cpu")
+    disable_dropout_in_model(model)  # as TRL does after us
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
+    with torch.no_grad():
+        expected = model.eval()(ids).logits
+        model.train()
+        assert model(ids).logits.equal(expected) and model(ids).logits.equal(expected)
+    metrics, logs = run(asked)
+    assert metrics["train_path"] == "packed"
+    assert logs[0]["loss"] == pytest.approx(LN2, abs=1e-5)
+    saved, reference = (
+        json.loads((Path(folder) / "config.json").read_text())
+        for folder in (asked.policy_dir, asked.model_name_or_path)
+    )
+    rates = {key: value for key, value in reference.items() if "drop" in key}
+    assert any(rates.values()) and rates.items() <= saved.items()
+
+
+@pytest.mark.parametrize("rate", ["attention_dropout", "hidden_dropout"])
+def test_dropout_that_layers_read_from_the_config_is_refused(
+    settings: WorkerSettings, tmp_path: Path, rate: str
+) -> None:
+    def falcon(**rates: float) -> WorkerSettings:
+        sizes = {key: value for key, value in SIZES.items() if key != "max_position_embeddings"}
+        model = FalconForCausalLM(FalconConfig(**sizes, **rates))
+        return dropping(settings, tmp_path, model)
+
+    load_policy(falcon(), "cpu")
+    with pytest.raises(ModelError, match=rf"would train with {rate} 0.1, .*set it to 0 there"):
+        load_policy(falcon(**{rate: 0.1}), "cpu")
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
