@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from refscale.errors import StorageError
-from refscale.storage.stages import STAGE_FILE, StageFolder
+from refscale.storage.stages import STAGE_FILE, STAGE_PARENTS, StageFolder
 from refscale.storage.store import Store
 from refscale.training.log import read_log
 
@@ -20,13 +20,6 @@ _FOLDERS = (
     ("policy", "train"),
     ("evaluation", "evaluate"),
 )
-# The folders that a stage was made from: names in its fingerprint.
-_PARENTS = {
-    "scores": ("corpus",),
-    "selection": ("scores",),
-    "policy": ("selection",),
-    "evaluation": ("policy", "scores"),
-}
 _NAMED_FILES = 3
 
 Manifest = Mapping[str, Any]
@@ -88,7 +81,7 @@ def _finished(
     if lost := folder.lost(manifest):
         more = f" and {len(lost) - _NAMED_FILES} more" if len(lost) > _NAMED_FILES else ""
         return f"DAMAGED: {', '.join(lost[:_NAMED_FILES])}{more}; {took}", command
-    for parent in _PARENTS.get(folder.stage, ()):
+    for parent in STAGE_PARENTS.get(folder.stage, ()):
         other = manifests.get(parent)
         if other and manifest["fingerprint"].get(parent) != other["identity"]:
             return f"STALE: made from another {parent}/; {took}", f"{command} --restart"

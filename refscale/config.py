@@ -100,6 +100,17 @@ class Source(Section):
                 f"columns maps {', '.join(sorted(unknown))}; only prompt, chosen and rejected"
                 " can be mapped"
             )
+        if self.columns and self.format not in ("auto", "trl", "columns"):
+            raise ValueError(
+                f"columns goes with format auto, trl or columns, got {self.format}, whose columns"
+                " have fixed names; leave columns or format out"
+            )
+        for option, value in (("subset", self.subset), ("revision", self.revision)):
+            if self.path is not None and value is not None:
+                raise ValueError(
+                    f"{option} goes with dataset, got {value!r} beside path, which has none; leave"
+                    f" {option} out"
+                )
         return self
 
 
@@ -167,7 +178,8 @@ class ScoreConfig(Section):
     compile: Literal["auto", "on", "off"] = Field(
         "auto",
         description="torch.compile of the packed path, which changes roundings. auto: on a GPU,"
-        " from the first shard after a replica has scored for a minute; on: from the first shard.",
+        " from the first shard after a replica has scored for a minute, on a CPU with AMX in"
+        " bfloat16 after five; on: from the first shard.",
     )
     quantization: Literal["8bit", "4bit"] | None = Field(
         None,
@@ -180,9 +192,10 @@ class ScoreConfig(Section):
         description="Attempts at a shard whose actor dies before the run fails.",
     )
     stalled_after_s: float = Field(
-        1800,
+        14400,
         gt=0,
-        description="Seconds without any finished shard after which the run fails.",
+        description="Seconds in which no shard, unit or batch of any stage is finished, after which"
+        " the run fails. Longer than a replica needs for corpus.shard_pairs pairs.",
     )
 
 
@@ -352,8 +365,9 @@ class EvaluateConfig(Section):
     max_pairs: int | None = Field(None, gt=0, description="At most this many holdout pairs.")
     flipped_column: str | None = Field(
         None,
-        description="Passthrough column that is true where a label is known to be wrong; the"
-        " report then shows the label purity of corpus, selection and a random control.",
+        description="Passthrough column that is true or 1 where a label is known to be wrong, false"
+        " or 0 where it is right, and null or absent where nobody knows; the report then shows the"
+        " label purity of corpus, selection and a random control.",
     )
 
 

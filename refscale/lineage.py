@@ -20,6 +20,7 @@ from refscale.storage.fingerprints import (
     pinned_revision,
     split_revision,
 )
+from refscale.storage.stages import STAGE_COMMANDS, STAGE_PARENTS
 
 
 def weights_of(model: ModelConfig) -> dict[str, Any]:
@@ -59,6 +60,28 @@ def _pinned(name: str, revision: str | None, before: Mapping[str, str] | None) -
         with contextlib.suppress(StorageError):
             return hub_commit(name, before["commit"])
     return pinned_revision(name, revision)
+
+
+def require_lineage(manifests: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse stages of which one was made from another version of an earlier one than is there.
+
+    Pair ids and shard names do not depend on the split or the model, so joining such stages would
+    succeed: a policy could be measured on pairs that it was trained on.
+
+    Args:
+        manifests: By folder.
+
+    Raises:
+        FingerprintError: Names both folders, and the command that redoes the later one.
+    """
+    for stage, manifest in manifests.items():
+        for parent in STAGE_PARENTS.get(stage, ()):
+            before = manifests.get(parent)
+            if before and manifest["fingerprint"].get(parent) != before["identity"]:
+                raise FingerprintError(
+                    f"{stage}/ was made from another {parent}/ than the one that is there; redo it"
+                    f" with `refscale {STAGE_COMMANDS[stage]} --restart`"
+                )
 
 
 def require_encoding(config: Config, prepared: dict[str, Any]) -> None:

@@ -25,7 +25,13 @@ from refscale.config import ModelConfig
 from refscale.corpus import fragments, preparation
 from refscale.errors import ConfigError, EvaluationError, ScoringError
 from refscale.evaluation import holdout
-from refscale.lineage import pinned_model, require_encoding, require_reference, weights_of
+from refscale.lineage import (
+    pinned_model,
+    require_encoding,
+    require_lineage,
+    require_reference,
+    weights_of,
+)
 from refscale.progress import StageProgress, print_counts, print_table, say
 from refscale.run import Run, claim, write_config
 from refscale.scoring import shard_scoring
@@ -99,7 +105,7 @@ def prepare(run: Run) -> dict[str, Any]:
     read_before = sum(record.counts["counts"]["read"] for record in records)
     with StageProgress("prepare", None, "rows", done=read_before) as progress:
         read = Step(fragments.read_unit(plan, parts, refused), num_cpus=step_cpus)
-        for record in _records(run_graph(todo, [read])):
+        for record in _records(_on_ray(run, todo, [read])):
             records.append(record)
             progress.advance(record.counts["counts"]["read"])
     counts = preparation.Counts.total(record.counts["counts"] for record in records)
@@ -118,7 +124,7 @@ def prepare(run: Run) -> dict[str, Any]:
     todo = [asdict(bucket) for bucket in buckets if bucket.bucket not in shards]
     settled = sum(record.rows for found in shards.values() for record in found)
     with StageProgress("prepare", None, "pairs in shards", done=settled) as progress:
-        for result in run_graph(todo, [merge]):
+        for result in _on_ray(run, todo, [merge]):
             found = [FileRecord.from_dict(record) for record in json.loads(result["records"])]
             shards[result["bucket"]] = found
             progress.advance(sum(record.rows for record in found))
@@ -210,6 +216,8 @@ def _score_shards(
     todo = [{"shard": name} for name in shards if name not in finished]
     # Long shards last would leave the other replicas idle.
     todo.sort(key=lambda item: -shards[item["shard"]])
+    if todo:
+        _require_room(run, label)
     cpus = config.ray.cpus_per_task
     steps = [
         Step(read, num_cpus=cpus),
@@ -225,9 +233,7 @@ def _score_shards(
     ]
     scored_before = sum(record.counts["pairs"] for record in records)
     with StageProgress(label, sum(shards.values()), "pairs", done=scored_before) as progress:
-        for record in _records(
-            run_graph(todo, steps, stalled_after_s=config.score.stalled_after_s)
-        ):
+        for record in _records(_on_ray(run, todo, steps)):
             records.append(record)
             stats = record.counts["stats"]
             speed = stats["useful_tokens"] / max(record.counts["seconds"], 1e-9)
@@ -235,13 +241,36 @@ def _score_shards(
     return sorted(records, key=lambda record: record.name)
 
 
+def _require_room(run: Run, label: str) -> None:
+    """See that the replicas that scoring starts with fit, and a task beside them.
+
+    Raises:
+        ConfigError: They do not, and Ray is embedded, so that nothing can change that.
+    """
+    ray, cluster = run.config.ray, run.cluster
+    replicas, gpus_each = ray.replica_bounds()[0], run.gpus(ray.gpus_per_replica)
+    cpus = replicas * ray.cpus_per_replica + ray.cpus_per_task
+    gpus = replicas * gpus_each
+    if cpus <= cluster.cpus and gpus <= cluster.gpus:
+        return
+    lacking = (
+        f"{replicas} replica(s) and a task beside them take {cpus:g} CPUs and {gpus:g} GPUs, and"
+        f" do not fit: Ray has {cluster.cpus:g} and {cluster.gpus:g}"
+    )
+    if cluster.embedded:
+        raise ConfigError(
+            f"{lacking}; lower ray.replicas, ray.cpus_per_replica, ray.cpus_per_task or"
+            " ray.gpus_per_replica, or raise ray.num_cpus"
+        )
+    say(f"{label:<9} {lacking}; waiting for nodes")
+
+
 def _scorer_settings(run: Run, model: ModelConfig) -> shard_scoring.ScorerSettings:
     config = run.config
     replicas = config.ray.replica_bounds()[1]
     # One dtype for all replicas: a pool of unlike machines must not mix them.
-    dtype, reason = shard_scoring.resolve_dtype(
-        config.model.dtype, cuda=run.gpus(config.ray.gpus_per_replica) > 0
-    )
+    cuda = run.gpus(config.ray.gpus_per_replica) > 0
+    dtype, reason = shard_scoring.resolve_dtype(config.model.dtype, cuda=cuda)
     return shard_scoring.ScorerSettings(
         model_name_or_path=model.model_name_or_path,
         revision=model.revision,
@@ -256,6 +285,7 @@ def _scorer_settings(run: Run, model: ModelConfig) -> shard_scoring.ScorerSettin
         adapter=model.adapter,
         quantization=config.score.quantization,
         num_threads=run.threads(replicas, config.ray.cpus_per_replica),
+        device="auto" if cuda else "cpu",
     )
 
 
@@ -275,7 +305,8 @@ def select(run: Run) -> dict[str, Any]:
         run.folder("scores"),
         run.folder("selection"),
     )
-    parent = scores.require()
+    prepared, parent = corpus.require(), scores.require()
+    require_lineage({"corpus": prepared, "scores": parent})
     fingerprint = {"scores": parent["identity"], "select": config.select.model_dump()}
     if folder.begin(fingerprint, restart="select" in run.restart):
         return _skipped(folder)
@@ -292,7 +323,7 @@ def select(run: Run) -> dict[str, Any]:
     todo = [{"shard": name} for name in names if name not in finished]
     _ = run.cluster
     with StageProgress("select", len(names), "shards", done=len(records)) as progress:
-        for record in _records(run_graph(todo, [keep])):
+        for record in _records(_on_ray(run, todo, [keep])):
             records.append(record)
             progress.advance(1)
     passes.check(records, decision)
@@ -334,7 +365,7 @@ def _pass(run: Run, shards: Sequence[str], look: Callable[[Sequence[str]], Any],
     _ = run.cluster
     total = zero
     step = Step(task, num_cpus=run.config.ray.cpus_per_task)
-    for result in run_graph([{"shards": json.dumps(group)} for group in groups], [step]):
+    for result in _on_ray(run, [{"shards": json.dumps(group)} for group in groups], [step]):
         total += pickle.loads(result["part"])
     return total
 
@@ -346,14 +377,19 @@ def train(run: Run) -> dict[str, Any]:
     """DPO on the selection with the stored scores; the policy goes to policy/.
 
     Raises:
-        ConfigError: train.eval_steps without a holdout.
-        FingerprintError: The config's model or encoding is not what was scored.
+        ConfigError: train.eval_steps without a holdout, or evaluate.flipped_column is in no pair
+            or says something else than which labels are wrong.
+        FingerprintError: The config's model or encoding is not what was scored, or the selection
+            is of other scores.
         TrainingError: The start check fails, the loss is not finite, or workers keep dying.
     """
     started = time.monotonic()
     config, folder, policy = run.config, run.folder("training"), run.folder("policy")
-    selected, scores = run.folder("selection").require(), run.folder("scores").require()
-    require_encoding(config, run.folder("corpus").require())
+    prepared, scores, selected = (
+        run.folder(stage).require() for stage in ("corpus", "scores", "selection")
+    )
+    require_lineage({"corpus": prepared, "scores": scores, "selection": selected})
+    require_encoding(config, prepared)
     model = require_reference(config, scores)
     options = config.train.model_dump()
     fingerprint = {
@@ -365,6 +401,9 @@ def train(run: Run) -> dict[str, Any]:
         "holdout_pairs": config.evaluate.max_pairs if config.train.eval_steps else None,
     }
     restart = "train" in run.restart
+    if column := config.evaluate.flipped_column:
+        # The evaluation would refuse it, after the training.
+        passes.check_labels(run.folder("corpus"), run.folder("scores"), column)
     if policy.begin(fingerprint, restart=restart):
         return _skipped(policy)  # whatever has become of training/: nothing needs it any more
     folder.begin(fingerprint, restart=restart)
@@ -385,8 +424,11 @@ def train(run: Run) -> dict[str, Any]:
         attn_implementation=config.model.attn_implementation,
         chat_template=config.model.chat_template,
         trust_remote_code=config.model.trust_remote_code,
-        quantization=config.score.quantization,
-        easiest="smallest" if config.select.keep == "smallest" else "largest",
+        # As it was scored and selected, whatever the config says now.
+        quantization=scores["fingerprint"]["quantization"],
+        easiest="smallest"
+        if selected["fingerprint"]["select"]["keep"] == "smallest"
+        else "largest",
         fingerprint=digest(fingerprint),
     )
     workers = config.train.num_workers
@@ -436,7 +478,7 @@ def _held_out(run: Run, training: StageFolder) -> list[str]:
     step = Step(passes.hold_out(corpus, scores, folder, last), num_cpus=config.ray.cpus_per_task)
     todo = [{"shard": name} for name in held if name not in finished]
     _ = run.cluster
-    records = [*finished.values(), *_records(run_graph(todo, [step]))]
+    records = [*finished.values(), *_records(_on_ray(run, todo, [step]))]
     return sorted(folder.file(record.name) for record in records if record.rows)
 
 
@@ -454,6 +496,7 @@ def evaluate(run: Run) -> dict[str, Any]:
 
     Raises:
         EvaluationError: There is no holdout.
+        FingerprintError: The policy is of another selection than the one that is there.
     """
     started = time.monotonic()
     config, corpus, scores, folder = (
@@ -462,12 +505,10 @@ def evaluate(run: Run) -> dict[str, Any]:
         run.folder("scores"),
         run.folder("evaluation"),
     )
-    prepared, scored, policy = (
-        corpus.require(),
-        scores.require(),
-        run.folder("policy").require(),
-    )
-    run.folder("selection").require()
+    stages = ("corpus", "scores", "selection", "policy")
+    manifests = {stage: run.folder(stage).require() for stage in stages}
+    require_lineage(manifests)
+    prepared, scored, policy = (manifests[stage] for stage in ("corpus", "scores", "policy"))
     settings = _scorer_settings(run, config.model).for_policy(run.store.uri_of("policy"))
     fingerprint = {
         "policy": policy["identity"],
@@ -490,9 +531,9 @@ def evaluate(run: Run) -> dict[str, Any]:
             f"evaluate  the reference was scored in {scored['fingerprint']['dtype']} and the policy"
             f" is in {settings.dtype}: its margins also hold the difference of the two"
         )
-    if config.score.quantization:
+    if quantization := scored["fingerprint"]["quantization"]:
         say(
-            f"evaluate  the reference was scored in {config.score.quantization} and the policy is"
+            f"evaluate  the reference was scored in {quantization} and the policy is"
             " not: its margins also hold the error of that"
         )
     last, sample = summary.holdout_sample(scores, held, config.evaluate.max_pairs)
@@ -554,6 +595,13 @@ _STAGE_FUNCTIONS: dict[str, Callable[[Run], dict[str, Any]]] = {
     "evaluate": evaluate,
     "report": report,
 }
+
+
+def _on_ray(
+    run: Run, todo: Sequence[dict[str, Any]], steps: Sequence[Step]
+) -> Iterable[dict[str, Any]]:
+    """The results of the items, as they come."""
+    return run_graph(todo, steps, stalled_after_s=run.config.score.stalled_after_s)
 
 
 def _skipped(folder: StageFolder) -> dict[str, Any]:

@@ -201,7 +201,7 @@ class _Actor(_Task):
 
 
 def run_graph(
-    items: Sequence[dict[str, Any]], steps: Sequence[Step], *, stalled_after_s: float = 1800
+    items: Sequence[dict[str, Any]], steps: Sequence[Step], *, stalled_after_s: float = 14400
 ) -> Iterator[dict[str, Any]]:
     """Run each item through the steps on Ray Data; yield the results as they come.
 
@@ -239,8 +239,9 @@ def run_graph(
                 yield result
         except ExecutionTimeoutError as exc:
             raise ScoringError(
-                f"nothing has moved for {stalled_after_s:g} s, so a worker hangs: finished shards"
-                " are kept, the same command resumes; score.stalled_after_s bounds the wait"
+                f"nothing has moved for {stalled_after_s:g} s (score.stalled_after_s): a worker"
+                " hangs, has no room on the cluster, or needs longer for a shard (then raise it, or"
+                " lower corpus.shard_pairs); finished shards are kept, the same command resumes"
             ) from exc
         except RayError as exc:
             finished = len(place) - len(left)

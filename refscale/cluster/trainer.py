@@ -110,6 +110,7 @@ def train_on_ray(
             checkpoint_config=CheckpointConfig(
                 num_to_keep=checkpoints_kept, **(score if settings.train["eval_steps"] else {})
             ),
+            worker_runtime_env=worker_env(gpus_per_worker, ray.cluster_resources().get("GPU", 0)),
         ),
     )
     try:
@@ -126,6 +127,15 @@ def train_on_ray(
         raise _worker_error(store, folder, result.error) from result.error
     # `result.metrics` are those of the last checkpoint, which is older than the end.
     return dict(result.return_value)
+
+
+def worker_env(gpus_per_worker: float, gpus: float) -> dict[str, Any]:
+    """The runtime environment of workers that are given so many of the cluster's GPUs.
+
+    Ray hides none from a worker without any, and torch would compute on what it sees.
+    """
+    hidden = gpus > 0 and not gpus_per_worker
+    return {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}} if hidden else {}
 
 
 class _Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]

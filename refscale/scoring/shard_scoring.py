@@ -61,6 +61,8 @@ class ScorerSettings:
     adapter: str | None
     quantization: str | None
     num_threads: int | None
+    # A replica without a GPU of its own still sees all of its machine's: Ray hides none from it.
+    device: str = "auto"
     stage: str = "score"
     dtype_asked: str = ""
 
@@ -91,11 +93,11 @@ def resolve_dtype(requested: str, *, cuda: bool) -> tuple[str, str]:
     return str(dtype).removeprefix("torch."), reason
 
 
-def _check_dtype(dtype: str, reason: str) -> None:
+def _check_dtype(dtype: str, reason: str, device: str) -> None:
     """Refuse bfloat16 that was chosen for another machine than this replica's."""
     import torch
 
-    own, why = resolve_dtype("auto", cuda=torch.cuda.is_available())
+    own, why = resolve_dtype("auto", cuda=device != "cpu" and torch.cuda.is_available())
     if dtype == "bfloat16" and own != dtype:
         raise ModelError(
             f"model.dtype: auto chose bfloat16 where the run was started ({reason}), and a replica"
@@ -148,7 +150,7 @@ class ShardScorer:
         name, reason = options.pop("model_name_or_path"), options.pop("dtype_reason")
         self._stage = options.pop("stage")
         if options.pop("dtype_asked") == "auto":
-            _check_dtype(settings.dtype, reason)
+            _check_dtype(settings.dtype, reason, settings.device)
         with local_folder(name) as folder:
             self._model = ReferenceModel.load(folder, **options)
         self._model.info["dtype_reason"] = reason

@@ -42,6 +42,13 @@ STAGE_COMMANDS = {
     "policy": "train",
     "evaluation": "evaluate",
 }
+# The folders that a stage is made from: their identities are in its fingerprint, by these names.
+STAGE_PARENTS = {
+    "scores": ("corpus",),
+    "selection": ("scores",),
+    "policy": ("selection",),
+    "evaluation": ("policy", "scores"),
+}
 # The commands of folders that are no stages of `refscale run`, by the first part of their name.
 _OTHER_COMMANDS = {
     "quarantine": "prepare",

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +12,9 @@ from support import save_tiny_llama, string_pairs, write_jsonl
 
 from refscale import pipeline
 from refscale.cluster.runtime import ClusterInfo
+from refscale.cluster.trainer import worker_env
 from refscale.config import parse_config
-from refscale.errors import CorpusError, FingerprintError
+from refscale.errors import ConfigError, CorpusError, FingerprintError
 from refscale.lineage import weights_of
 from refscale.run import Run
 from refscale.scoring.reference import EncodedPairs, ReferenceModel
@@ -42,10 +44,16 @@ def made(tiny_model, tmp_path, monkeypatch):
 
     def make(**changes):
         changed = parse_config({**sections, **changes})
-        here = ClusterInfo(embedded=True, cpus=1, gpus=0, nodes=1, physical_cores=1)
+        here = ClusterInfo(embedded=True, cpus=4, gpus=0, nodes=1, physical_cores=1)
         return Run(Store(tmp_path / "run"), changed, _cluster=here)
 
     return make
+
+
+def finish(folder, fingerprint, files=()):
+    """A stage that is done; its identity."""
+    folder.begin(fingerprint)
+    return folder.finish(fingerprint, files, counts={}, seconds=1)["identity"]
 
 
 def test_damaged_refusals_are_read_again_and_the_corpus_stays(made):
@@ -86,12 +94,8 @@ def test_a_corpus_without_a_pair_is_not_finished(made):
 def test_what_was_scored_is_what_training_starts_from(made, tmp_path):
     run = made()
     prepared = pipeline.prepare(run)
-    scores, selection = run.folder("scores"), run.folder("selection")
-    weights = weights_of(run.config.model)
-    scores.begin(weights)
-    scores.finish(weights, [], counts={}, seconds=1)
-    selection.begin({})
-    selection.finish({}, [], counts={}, seconds=1)
+    scored = {"corpus": prepared["identity"], **weights_of(run.config.model)}
+    finish(run.folder("selection"), {"scores": finish(run.folder("scores"), scored)})
     longer = made(encoding={"max_length": 512})
     for stage in (pipeline.score, pipeline.train):
         with pytest.raises(FingerprintError, match=r"encoding\.max_length = 1024, now it is 512"):
@@ -118,13 +122,12 @@ def test_a_sample_of_the_holdout_is_evaluated_in_one_dtype(made, tiny_model, cap
     in_float32 = {**made().config.model.model_dump(), "dtype": "float32"}
     run = made(corpus=corpus, evaluate=evaluate, model=in_float32)
     pipeline.prepare(run)
-    pipeline.score(run)
-    run.folder("selection").begin({})
-    run.folder("selection").finish({}, [], counts={}, seconds=1)
+    scored = pipeline.score(run)["identity"]
+    made_from = {"selection": finish(run.folder("selection"), {"scores": scored})}
     policy = run.folder("policy")
-    policy.begin({})
+    policy.begin(made_from)
     run.store.upload_folder(str(tiny_model), "policy")
-    policy.finish({}, policy.adopt(), counts={}, seconds=1)
+    finish(policy, made_from, policy.adopt())
     capsys.readouterr()
     assert pipeline.evaluate(run)["rows"] == 4
     assert "evaluate  4 of 4 pairs" in capsys.readouterr().err
@@ -152,16 +155,14 @@ def test_a_quantised_reference_is_said_to_differ_from_the_policy(
 
     monkeypatch.setattr(Run, "cluster", SimpleNamespace(embedded=False, gpus=0))
     monkeypatch.setattr(pipeline, "_score_shards", score_shards)
-    store = Store(tmp_path)
+    store, before = Store(tmp_path), {}
     for stage in ("corpus", "scores", "selection", "policy"):
-        folder = StageFolder(store, stage)
-        folder.begin({"dtype": "float32"})
-        folder.finish({"dtype": "float32"}, [], counts={}, seconds=0.0)
+        fingerprint = {"dtype": "float32", "quantization": quantization, **before}
+        before = {stage: finish(StageFolder(store, stage), fingerprint)}
     config = parse_config(
         {
             "model": {"model_name_or_path": "m", "dtype": "float32"},
             "corpus": {"sources": [{"path": "a.jsonl"}]},
-            "score": {"quantization": quantization},
         }
     )
     pipeline.evaluate(Run(store, config))
@@ -169,6 +170,62 @@ def test_a_quantised_reference_is_said_to_differ_from_the_policy(
     assert ("its margins also hold the error of that" in said) == (quantization is not None)
     assert f"scored in {quantization} and the policy is not" in said or quantization is None
     assert scored_with == [None]
+
+
+@pytest.mark.parametrize(
+    ("redone", "names"),
+    [
+        ("corpus", r"scores/ was made from another corpus/.*`refscale score --restart`"),
+        ("scores", r"selection/ was made from another scores/.*`refscale select --restart`"),
+        ("selection", r"policy/ was made from another selection/.*`refscale train --restart`"),
+    ],
+)
+def test_stages_that_were_not_made_from_each_other_are_not_joined(made, redone, names):
+    run, before = made(), {}
+    stages = ("corpus", "scores", "selection", "policy")
+    for stage in stages:
+        before = {stage: finish(run.folder(stage), before)}
+    folder = run.folder(redone)
+    again = {**folder.require()["fingerprint"], "changed": True}
+    folder.begin(folder.require()["fingerprint"], restart=True)
+    folder.finish(again, [], counts={}, seconds=1)
+    follow = {"corpus": pipeline.select, "scores": pipeline.train, "selection": pipeline.evaluate}
+    for stage in {follow[redone], pipeline.evaluate}:
+        with pytest.raises(FingerprintError, match=names):
+            stage(run)
+    assert not run.store.exists("evaluation")
+
+
+@pytest.mark.parametrize(
+    ("ray", "lacks"),
+    [
+        ({"replicas": 4}, "5 CPUs and 0 GPUs"),
+        ({"replicas": 1, "cpus_per_task": 4}, "5 CPUs and 0 GPUs"),
+        ({"replicas": 1, "gpus_per_replica": 2}, "2 CPUs and 2 GPUs"),
+    ],
+    ids=str,
+)
+def test_replicas_that_never_fit_are_refused_at_once(made, capsys, ray, lacks):
+    run = made(ray=ray)
+    with pytest.raises(ConfigError, match=rf"take {lacks}, and do not fit: Ray has 4 and 0"):
+        pipeline._require_room(run, "score")
+    run._cluster = replace(run._cluster, embedded=False)
+    pipeline._require_room(run, "score")
+    assert f"{lacks}, and do not fit: Ray has 4 and 0; waiting for nodes" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus", "device", "hidden"),
+    [(0, 8, "cpu", True), (None, 8, "auto", False), (0.5, 8, "auto", False), (0, 0, "cpu", False)],
+)
+def test_who_is_given_no_gpu_uses_none(made, asked, gpus, device, hidden):
+    run = made(ray={"gpus_per_replica": asked, "gpus_per_worker": asked})
+    run._cluster = replace(run._cluster, gpus=gpus)
+    assert pipeline._scorer_settings(run, run.config.model).device == device
+    env = worker_env(run.gpus(run.config.ray.gpus_per_worker), gpus)
+    assert env == ({"env_vars": {"CUDA_VISIBLE_DEVICES": ""}} if hidden else {})
 
 
 @pytest.fixture
