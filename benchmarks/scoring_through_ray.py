@@ -1,7 +1,8 @@
 """What Ray costs: one replica in the scoring stage's graph against the same model in this process.
 
 The stage is the product's own: shards of parquet, the graph of reading, scoring and publishing, the
-replica as an actor. Both score the same shards with the same threads. The first shard warms up.
+replica as an actor. Both score the same shards with the same threads, the process before and after
+the replica, so that a machine that slows down slows both. The first shard of each turn warms up.
 """
 
 import argparse
@@ -36,34 +37,34 @@ def ray_rows(
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as work:
         name = _model_folder(arguments, Path(work) / "model")
+        # Both with one budget, which on a GPU follows the memory that the other one leaves.
+        reference = ReferenceModel.load(
+            name,
+            dtype=label,
+            device=arguments.device,
+            token_budget=arguments.token_budget,
+            compilation="off",
+        )
         config = parse_config(
             {
                 "model": {"model_name_or_path": name, "dtype": label},
                 "corpus": {"sources": [{"path": "made here"}]},
-                "score": {"token_budget": arguments.token_budget},
+                "score": {"token_budget": reference.token_budget, "compile": "off"},
                 "ray": {"replicas": 1, "cpus_per_replica": threads},
             }
         )
         run = Run(Store(str(Path(work) / "run")), config)
         tables = _write_corpus(run.folder("corpus"), config, pairs, arguments.repeats + 1)
+        bare = _seconds(reference, tables)
         say(f"{corpus}, {dtype}: {len(tables)} shards of {len(pairs)} pairs through Ray")
         try:
             pipeline.score(run)
         finally:
             disconnect()
+        bare = np.concatenate([bare, _seconds(reference, tables)])
         counts = [record.counts for record in _records(run.folder("scores"))][1:]
         busy = np.array([c["seconds"] for c in counts])
         waited = np.array([c["wait_s"] for c in counts])
-        reference = ReferenceModel.load(
-            name, dtype=label, device=arguments.device, token_budget=arguments.token_budget
-        )
-        alone = []
-        for table in tables:
-            started = time.perf_counter()
-            reference.score(EncodedPairs.from_table(table))
-            models.wait(reference.device)
-            alone.append(time.perf_counter() - started)
-    bare = np.array(alone[1:])
     common = {"corpus": corpus, "dtype": label}
     return [
         {
@@ -79,6 +80,17 @@ def ray_rows(
             "replica_waits": float(waited.sum() / (busy + waited).sum()),
         },
     ]
+
+
+def _seconds(reference: ReferenceModel, tables: list[Any]) -> np.ndarray:
+    """Of each table but the first."""
+    seconds = []
+    for table in tables:
+        started = time.perf_counter()
+        reference.score(EncodedPairs.from_table(table))
+        models.wait(reference.device)
+        seconds.append(time.perf_counter() - started)
+    return np.array(seconds[1:])
 
 
 def _model_folder(arguments: argparse.Namespace, folder: Path) -> str:

@@ -15,6 +15,9 @@ from refscale.storage.stages import FileRecord, StageFolder
 
 Lines = list[tuple[str, str]]
 
+# Of a usual length difference. Two selections that leaned by 0.5 and 0.8 trained worse policies
+# than random halves, one that leaned by a third a better one (docs/selection.md).
+_LEAN = 0.4
 # Above every 16-byte id.
 _LAST_ID = b"\xff" * 16
 
@@ -77,8 +80,21 @@ def scoring_details(records: Sequence[FileRecord], wall_s: float) -> dict[str, A
         "oom_retries": oom_retries,
         "peak_memory_bytes": peak,
         "replicas": replicas,
-        "engine": records[-1].counts["engine"] if records else {},
+        "engine": _engine(records),
     }
+
+
+def _engine(records: Sequence[FileRecord]) -> dict[str, Any]:
+    """What a replica chose for its shard, and in how many shards where that was not always so."""
+    if not records:
+        return {}
+    engine = dict(records[-1].counts["engine"])
+    for name in ("path", "compiled"):
+        chosen = Counter(record.counts["engine"].get(name) or "no" for record in records)
+        if len(chosen) > 1:
+            engine[name] = ", ".join(f"{value}: {n:,} shards" for value, n in chosen.most_common())
+    engine["token_budget"] = min(record.counts["stats"]["token_budget"] for record in records)
+    return engine
 
 
 def scoring_lines(counts: Mapping[str, Any], details: Mapping[str, Any]) -> Lines:
@@ -105,6 +121,12 @@ def scoring_lines(counts: Mapping[str, Any], details: Mapping[str, Any]) -> Line
 # -- selection -------------------------------------------------------------------------------------
 
 
+def _length_lean(everything: Mapping[str, Any], kept: Mapping[str, Any]) -> float:
+    """How far the kept pairs' mean length difference is from that of all, in mean differences."""
+    moved = kept["mean_length_difference"] - everything["mean_length_difference"]
+    return float(moved / max(everything["mean_abs_length_difference"], 1e-9))
+
+
 def selection_lines(facts: Mapping[str, Any]) -> Lines:
     """The selection stage's table."""
     everything, kept = facts["all"], facts["kept"]
@@ -122,6 +144,15 @@ def selection_lines(facts: Mapping[str, Any]) -> Lines:
     correlation = everything["key_length_correlation"]
     if correlation is not None:
         lines.append(("correlation", f"of key and length difference: {correlation:+.2f}"))
+    lean = _length_lean(everything, kept)
+    if abs(lean) > _LEAN:
+        lines.append(
+            (
+                "careful",
+                f"the kept pairs lean to one length, by {abs(lean):.0%} of a usual difference:"
+                " training may learn that instead; compare with random and length_adjusted_margin",
+            )
+        )
     if len(facts["sources"]) > 1:
         for name, source in facts["sources"].items():
             lines.append((name, f"{source['kept']:,} of {source['pairs']:,} kept"))
@@ -223,7 +254,8 @@ def evaluation_lines(facts: Mapping[str, Any]) -> Lines:
             ("random", "right labels, random"),
             ("kept", "right labels, kept"),
         ):
-            lines.append((label, _estimate(purity[name])))
+            if purity[name] is not None:  # where no kept pair has a known label
+                lines.append((label, _estimate(purity[name])))
     return lines
 
 

@@ -154,6 +154,13 @@ def _prepare(store, rows, text, refused):
 
 def _score(store, rows):
     folder = StageFolder(store, "scores")
+    details = summary.scoring_details(_score_records(rows), 4.5)
+    record = folder.commit_shard("shard-00000", _table(rows, schema.SCORES))
+    counts = {"pairs": len(rows), "scored": len(rows), "unscorable": {}}
+    folder.finish({"dtype": "bfloat16"}, [record], counts=counts, seconds=4.5, details=details)
+
+
+def _score_records(rows):
     records = []
     for shard in range(4):
         stats = {
@@ -162,6 +169,7 @@ def _score(store, rows):
             "head_rows": 5_000,
             "flops": 2.5e12,
             "oom_retries": 0,
+            "token_budget": 65536 >> shard,
             "peak_memory_bytes": 3 << 30,
         }
         counts = {
@@ -181,10 +189,33 @@ def _score(store, rows):
             },
         }
         records.append(FileRecord(f"{shard}", 0, 0, "", counts))
-    details = summary.scoring_details(records, 4.5)
-    record = folder.commit_shard("shard-00000", _table(rows, schema.SCORES))
-    counts = {"pairs": len(rows), "scored": len(rows), "unscorable": {}}
-    folder.finish({"dtype": "bfloat16"}, [record], counts=counts, seconds=4.5, details=details)
+    return records
+
+
+@pytest.mark.parametrize(("kept", "said"), [(1.9, None), (-2.8, "by 55% of"), (2.4, "by 49% of")])
+def test_a_selection_that_leans_to_one_length_is_said(kept, said):
+    common = {"mean_key": 0.5, "mean_abs_length_difference": 5.0, "key_length_correlation": None}
+    facts = {
+        "all": {**common, "mean_length_difference": -0.05},
+        "kept": {**common, "mean_length_difference": kept},
+        "size": {"fraction": 0.5},
+        "sources": {},
+        **dict.fromkeys(("num_kept", "num_pairs"), 9),
+        **dict.fromkeys(("strategy", "keep"), "x"),
+    }
+    found = dict(summary.selection_lines(facts)).get("careful")
+    assert found is None if said is None else f"lean to one length, {said}" in found
+
+
+def test_the_engine_is_that_of_all_shards():
+    records = _score_records([None] * 8)
+    assert summary.scoring_details(records, 1.0)["engine"]["path"] == "packed"
+    records[1].counts["engine"].update(path="padded")
+    records[2].counts["engine"].update(compiled="yes")
+    engine = summary.scoring_details(records, 1.0)["engine"]
+    assert engine["path"] == "packed: 3 shards, padded: 1 shards"
+    assert engine["compiled"] == "no: 3 shards, yes: 1 shards"
+    assert engine["token_budget"] == 8192, "the smallest: out of memory halved it"
 
 
 def _select(store, config):
