@@ -42,11 +42,21 @@ def use_onednn(model: Any) -> int:
 def _forward(layer: nn.Linear, inputs: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         return F.linear(inputs, layer.weight, layer.bias)
-    return _product(inputs, layer.weight, layer.bias)
+    product = _product_compiled if torch.compiler.is_compiling() else _product
+    return product(inputs, layer.weight, layer.bias)
 
 
 def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+
+
+# One node of a compiled layer's graph: torch's compiler takes the operator only as it makes it.
+_product_compiled = torch.library.custom_op("refscale::onednn_linear", _product, mutates_args=())
+
+
+@_product_compiled.register_fake
+def _product_compiled_shape(inputs: Tensor, weight: Tensor, _bias: Tensor | None) -> Tensor:
+    return inputs.new_empty(*inputs.shape[:-1], len(weight))
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from refscale.scoring import attention
 from refscale.scoring.compilation import CompiledLayers
 from refscale.scoring.devices import (
     choose_dtype,
+    compile_after,
     default_budget,
     device_name,
     is_out_of_memory,
@@ -62,10 +63,6 @@ ENGINE_VERSION = 2
 NONFINITE = "nonfinite_logp"
 OUT_OF_MEMORY = "out_of_memory"
 _SMALLEST_BUDGET = 64  # tokens
-# Compiling took 10 to 17 s and saves 17 to 28 % of the time after (H200, 8B and 0.5B): work that
-# has lasted this long is taken to last longer. On a CPU it saves 4 % at most (Zen 4, bf16), and
-# oneDNN's products in fp32 are not compiled.
-_COMPILE_AFTER_S = 60.0
 
 Path = Literal["packed", "padded"]
 AskedPath = Literal["auto", "packed", "padded"]
@@ -138,8 +135,8 @@ class ReferenceModel:
             device: auto, cpu, cuda, cuda:1, …; several visible GPUs share the model by layers.
             path: auto, packed or padded.
             token_budget: Tokens of a forward pass.
-            compilation: on compiles the packed path before the first pack, auto does so on a GPU
-                once it has worked a minute, off never does.
+            compilation: on compiles the packed path before the first pack, auto does so once it
+                has worked for as long as `devices.compile_after` says, off never does.
             trust_remote_code: Run code that comes with the model.
             attn_implementation: Attention of the padded path.
             adapter: LoRA adapter to merge into the weights.
@@ -316,8 +313,8 @@ class ReferenceModel:
 
     def _compile_is_due(self) -> bool:
         if self._compilation == "auto":
-            worked = self.path == "packed" and self._worked_s >= _COMPILE_AFTER_S
-            return worked and self.device.type == "cuda"
+            after = compile_after(self.dtype, self.device)
+            return self.path == "packed" and after is not None and self._worked_s >= after
         return self._compilation == "on"
 
     def _compile_packs(self, plan: Plan) -> None:
@@ -402,12 +399,7 @@ class ReferenceModel:
         errors: dict[str, float] = {}
 
         def wrong_with(path: Path) -> str | None:
-            def compute() -> np.ndarray:
-                sums = Sums(plan.num_sequences)
-                self._run(plan, sums, ScoringStats(), path)
-                return sums.logps()
-
-            wrong, errors[path] = fault(compute, truth, budget)
+            wrong, errors[path] = fault(lambda: self._sums(plan, path), truth, budget)
             return wrong
 
         if not np.isfinite(truth).any():
@@ -415,6 +407,9 @@ class ReferenceModel:
         path, reason = self.path, self.info["path_reason"]
         if path == "packed":
             wrong = wrong_with("packed")
+            if wrong is not None and np.isfinite(errors["packed"]):
+                budget = np.maximum(budget, self._own_noise(plan, truth))
+                wrong = wrong_with("packed")
             if wrong is None:
                 reason = f"self-check passed, largest error {errors['packed']:.2g} nats"
             elif self._forced:
@@ -429,6 +424,8 @@ class ReferenceModel:
             self._forward.head_served = False
             reason += "; log-probs are taken from the model's own logits"
             logger.warning("the model's head is not known: every row takes the whole vocabulary")
+            # Nothing of ours is left in it: what is off now is the model's own rounding, or gross.
+            budget = error_budget(truth, plan.num_scored, torch.bfloat16)
             if wrong := wrong_with("padded"):
                 raise ModelError(
                     "no path gives the model's own log-probs, so it may not be a causal language"
@@ -437,6 +434,26 @@ class ReferenceModel:
         self.path = path
         self.info.update(path=path, path_reason=reason, self_check_error=errors.get(path))
         return SelfCheck(errors, float(budget.min(initial=np.inf)), path, reason)
+
+    def _sums(self, plan: Plan, path: Path) -> np.ndarray:
+        """Sums of all sequences by a path; float64 (num_sequences,)."""
+        sums = Sums(plan.num_sequences)
+        self._run(plan, sums, ScoringStats(), path)
+        return sums.logps()
+
+    def _own_noise(self, plan: Plan, truth: np.ndarray) -> np.ndarray:
+        """What a sum may differ by because the model's own logits differ so between batch shapes.
+
+        Three times the largest such difference, at most the budget of half precision: a model that
+        looks ahead is off by more. float64 (num_sequences,).
+        """
+        most = error_budget(truth, plan.num_scored, torch.bfloat16)
+        served, self._forward.head_served = self._forward.head_served, False
+        try:
+            _, difference = fault(lambda: self._sums(plan, "padded"), truth, most)
+        finally:
+            self._forward.head_served = served
+        return np.minimum(3 * difference if np.isfinite(difference) else 0.0, most)
 
     def _own_sums(self, plan: Plan) -> np.ndarray:
         """Sums by the model's own forward, a sequence at a time; float64 (num_sequences,)."""

@@ -121,10 +121,14 @@ def _node(arguments: list[str], folder: Path, env: dict, log: Path) -> subproces
         )
 
 
-def _wait_for_nodes(cluster: LoopbackCluster, count: int, nodes: list, log: Path) -> None:
+def _said(logs: Path) -> str:
+    return "".join(f"{log.name}: {log.read_text()}" for log in sorted(logs.glob("*.log")))
+
+
+def _wait_for_nodes(cluster: LoopbackCluster, count: int, nodes: list, logs: Path) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        assert all(node.poll() is None for node in nodes), log.read_text()
+        assert all(node.poll() is None for node in nodes), _said(logs)
         try:
             alive = cluster.get("/nodes?view=summary").json()["data"]["summary"]
             if sum(node["raylet"]["state"] == "ALIVE" for node in alive) == count:
@@ -132,7 +136,22 @@ def _wait_for_nodes(cluster: LoopbackCluster, count: int, nodes: list, log: Path
         except (requests.RequestException, KeyError, ValueError):
             pass
         time.sleep(0.3)
-    raise AssertionError(f"no cluster of {count} nodes: {log.read_text()}")
+    raise AssertionError(f"no cluster of {count} nodes: {_said(logs)}")
+
+
+def _start(nodes: list, folder: Path, env: dict, logs: Path) -> LoopbackCluster:
+    """A head and a second node, added to `nodes` as they are started."""
+    port, dashboard = _free_ports(2)
+    found = LoopbackCluster(f"http://127.0.0.1:{dashboard}", folder, env)
+    head = ["--head", f"--port={port}", f"--dashboard-port={dashboard}"]
+    nodes.append(_node(head, folder, env, logs / "head.log"))
+    _wait_for_nodes(found, 1, nodes, logs)
+    # Its own folder, as on a machine of its own: nodes that share one unpack a job's files over
+    # each other's.
+    worker = [f"--address=127.0.0.1:{port}"]
+    nodes.append(_node(worker, folder / "w", env, logs / "worker.log"))
+    _wait_for_nodes(found, 2, nodes, logs)
+    return found
 
 
 def _end(nodes: list) -> None:
@@ -150,7 +169,6 @@ def cluster(tmp_path_factory):
     # Unix sockets below it may not be longer than 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="rs-"))
     logs = tmp_path_factory.mktemp("nodes")
-    port, dashboard = _free_ports(2)
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "HF_TOKEN"))}
     env = {
         **kept,
@@ -163,16 +181,15 @@ def cluster(tmp_path_factory):
         "HF_HUB_OFFLINE": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
-    head = ["--head", f"--port={port}", f"--dashboard-port={dashboard}"]
-    nodes = [_node(head, folder, env, logs / "head.log")]
-    found = LoopbackCluster(f"http://127.0.0.1:{dashboard}", folder, env)
+    nodes: list = []
     try:
-        _wait_for_nodes(found, 1, nodes, logs / "head.log")
-        # Its own folder, as on a machine of its own: nodes that share one unpack a job's files over
-        # each other's.
-        worker = [f"--address=127.0.0.1:{port}"]
-        nodes.append(_node(worker, folder / "w", env, logs / "worker.log"))
-        _wait_for_nodes(found, 2, nodes, logs / "worker.log")
+        try:
+            found = _start(nodes, folder / "a", env, logs)
+        except AssertionError:
+            # A port that was free may be taken by the tests beside these before Ray binds it.
+            _end(nodes)
+            nodes.clear()
+            found = _start(nodes, folder / "b", env, logs)
         yield found
     finally:
         _end(nodes)

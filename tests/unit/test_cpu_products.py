@@ -43,6 +43,17 @@ def test_the_operator_is_called(amd, monkeypatch):
     assert len(calls) == 15
 
 
+def test_a_layer_compiles_with_it(amd):
+    # With the code generator: it is what refuses torch's operator in another form than its own.
+    model = build(*PACKED["llama"])
+    assert use_onednn(model)
+    layer = model.model.layers[0].mlp
+    inputs = torch.randn(1, 24, layer.gate_proj.in_features)
+    compiled = torch.compile(layer.forward, dynamic=True, fullgraph=True)
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(inputs), layer(inputs), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("vendor", ["GenuineIntel", ""])
 def test_other_cpus_keep_their_library(monkeypatch, vendor):
     monkeypatch.setattr(cpu_products, "_vendor", lambda: vendor)

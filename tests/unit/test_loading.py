@@ -9,7 +9,7 @@ from scoring_support import PACKED, PADDED, build, make_pairs, own_sums
 
 from refscale.errors import ModelError
 from refscale.scoring import loading
-from refscale.scoring.devices import choose_dtype, default_budget
+from refscale.scoring.devices import choose_dtype, compile_after, default_budget
 from refscale.scoring.forward import Forward
 from refscale.scoring.reference import ReferenceModel
 
@@ -142,6 +142,20 @@ def test_dtype_follows_the_cpus_flags(monkeypatch, flags, dtype):
     chosen, reason = choose_dtype("auto", "cpu")
     assert chosen == dtype
     assert all(flag in reason for flag in has & {"avx512_bf16", "amx_bf16"})
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype", "kind", "seconds"),
+    [
+        ("", torch.float32, "cuda", 60),
+        ("avx512_bf16 amx_bf16", torch.bfloat16, "cpu", 300),
+        ("avx512_bf16 amx_bf16", torch.float32, "cpu", None),
+        ("avx512_bf16", torch.bfloat16, "cpu", None),
+    ],
+)
+def test_compiling_waits_until_it_pays(monkeypatch, flags, dtype, kind, seconds):
+    monkeypatch.setattr("refscale.scoring.devices._cpu_flags", lambda: set(flags.split()))
+    assert compile_after(dtype, torch.device(kind)) == seconds
 
 
 def test_threads_are_set_when_asked(tiny_model):

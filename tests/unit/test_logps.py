@@ -86,6 +86,14 @@ def test_log_probs_of_given_logits_are_the_same():
     torch.testing.assert_close(squares, other_squares, rtol=1e-6, atol=2e-5)
 
 
+def test_log_probs_of_given_logits_are_not_biased_by_a_long_vocabulary():
+    logits = 3 * torch.randn(64, 256_000, generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(64)
+    wanted = torch.log_softmax(logits.double(), dim=-1).gather(1, targets[:, None])[:, 0]
+    error = logps_of_logits(logits, targets)[0].double() - wanted
+    assert error.abs().max() < 4e-6 and abs(error.mean()) < 1e-6
+
+
 def test_bfloat16_is_no_further_from_the_truth_than_a_bf16_log_softmax():
     head = make_head(dtype=torch.bfloat16)
     hidden, targets = make_rows(dtype=torch.bfloat16)
