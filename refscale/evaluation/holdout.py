@@ -25,7 +25,7 @@ from refscale.scoring.shard_scoring import require_finite, table_from_bytes
 from refscale.storage.stages import StageFolder
 
 # Part of the evaluation's fingerprint: raised when its table or its numbers become others.
-VERSION = 2  # prompts are resampled, 1 resampled pairs
+VERSION = 3  # 2 took a null label for a right one, 1 resampled pairs instead of prompts
 RESAMPLES = 2000
 # Above this many prompts a mean's bootstrap and its normal interval differ by less than 1 % of
 # their width, and the bootstrap would cost gigabytes.
