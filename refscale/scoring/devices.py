@@ -17,8 +17,8 @@ from torch import Tensor
 _BUDGET_CPU = 4096
 _BUDGET_CUDA = (2048, 65536)
 # Work that has lasted this long is taken to last longer. On an H200 compiling took 10 to 17 s and
-# saves 17 to 28 % of the time after (8B and 0.5B); on two cores with AMX it takes 27 s and saves
-# 11 to 14 % in bfloat16 (SmolLM2-135M).
+# saves 17 to 28 % of the time after (8B and 0.5B); on two cores with AMX it took 27 s and saves
+# 16 to 20 % in bfloat16 (SmolLM2-135M; nothing on four short completions a prompt).
 _COMPILE_AFTER_S = {"cuda": 60.0, "cpu": 300.0}
 
 
@@ -51,7 +51,7 @@ def compile_after(dtype: torch.dtype, device: torch.device) -> float | None:
     """Seconds of scoring after which compiling pays; None where it was not seen to.
 
     CPUs: in bfloat16 with AMX, whose products leave most of the time to what lies between them.
-    Without it compiling saves 4 % at most (Zen 4), in float32 5 to 6 %.
+    Without it compiling saves 4 % at most (Zen 4), in float32 1 to 3 %.
     """
     if device.type == "cpu" and not (dtype == torch.bfloat16 and "amx_bf16" in _cpu_flags()):
         return None
