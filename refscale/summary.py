@@ -15,7 +15,7 @@ from refscale.storage.stages import FileRecord, StageFolder
 
 Lines = list[tuple[str, str]]
 
-# Of a usual length difference. Two selections that leaned by 0.5 and 0.8 trained worse policies
+# Of a usual length difference. Two selections that leaned by 0.5 and 0.9 trained worse policies
 # than random halves, one that leaned by a third a better one (docs/selection.md).
 _LEAN = 0.4
 # Above every 16-byte id.
