@@ -126,7 +126,7 @@ def _said(logs: Path) -> str:
 
 
 def _wait_for_nodes(cluster: LoopbackCluster, count: int, nodes: list, logs: Path) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while time.monotonic() < deadline:
         assert all(node.poll() is None for node in nodes), _said(logs)
         try:
@@ -175,6 +175,8 @@ def cluster(tmp_path_factory):
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": TOKEN,
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Beside other tests a raylet can need longer than Ray's own 30 s.
+        "RAY_raylet_start_wait_time_s": "150",
         # Each process costs seconds here; none is started before it is asked for.
         "RAY_prestart_worker_first_driver": "0",
         "RAY_enable_worker_prestart": "0",
