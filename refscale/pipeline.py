@@ -19,6 +19,7 @@ from dataclasses import asdict
 from typing import Any
 
 from refscale import schema, summary
+from refscale.cluster.room import require_replicas
 from refscale.cluster.runtime import Step, disconnect, run_graph
 from refscale.cluster.trainer import train_on_ray
 from refscale.config import ModelConfig
@@ -217,7 +218,8 @@ def _score_shards(
     # Long shards last would leave the other replicas idle.
     todo.sort(key=lambda item: -shards[item["shard"]])
     if todo:
-        _require_room(run, label)
+        gpus_each = run.gpus(config.ray.gpus_per_replica)
+        require_replicas(config.ray, run.cluster, gpus_each, label)
     cpus = config.ray.cpus_per_task
     steps = [
         Step(read, num_cpus=cpus),
@@ -239,30 +241,6 @@ def _score_shards(
             speed = stats["useful_tokens"] / max(record.counts["seconds"], 1e-9)
             progress.advance(record.counts["pairs"], f"{speed:,.0f} tokens/s a replica")
     return sorted(records, key=lambda record: record.name)
-
-
-def _require_room(run: Run, label: str) -> None:
-    """See that the replicas that scoring starts with fit, and a task beside them.
-
-    Raises:
-        ConfigError: They do not, and Ray is embedded, so that nothing can change that.
-    """
-    ray, cluster = run.config.ray, run.cluster
-    replicas, gpus_each = ray.replica_bounds()[0], run.gpus(ray.gpus_per_replica)
-    cpus = replicas * ray.cpus_per_replica + ray.cpus_per_task
-    gpus = replicas * gpus_each
-    if cpus <= cluster.cpus and gpus <= cluster.gpus:
-        return
-    lacking = (
-        f"{replicas} replica(s) and a task beside them take {cpus:g} CPUs and {gpus:g} GPUs, and"
-        f" do not fit: Ray has {cluster.cpus:g} and {cluster.gpus:g}"
-    )
-    if cluster.embedded:
-        raise ConfigError(
-            f"{lacking}; lower ray.replicas, ray.cpus_per_replica, ray.cpus_per_task or"
-            " ray.gpus_per_replica, or raise ray.num_cpus"
-        )
-    say(f"{label:<9} {lacking}; waiting for nodes")
 
 
 def _scorer_settings(run: Run, model: ModelConfig) -> shard_scoring.ScorerSettings:
@@ -401,11 +379,11 @@ def train(run: Run) -> dict[str, Any]:
         "holdout_pairs": config.evaluate.max_pairs if config.train.eval_steps else None,
     }
     restart = "train" in run.restart
+    if policy.begin(fingerprint, restart=restart):
+        return _skipped(policy)  # whatever has become of training/: nothing needs it any more
     if column := config.evaluate.flipped_column:
         # The evaluation would refuse it, after the training.
         passes.check_labels(run.folder("corpus"), run.folder("scores"), column)
-    if policy.begin(fingerprint, restart=restart):
-        return _skipped(policy)  # whatever has become of training/: nothing needs it any more
     folder.begin(fingerprint, restart=restart)
     settings = WorkerSettings(
         train=options,

@@ -1,4 +1,4 @@
-"""Room for the workers of a training: whether there is any, and saying so while there is none.
+"""Room for replicas and for the workers of a training: whether there is any, and saying so.
 
 Ray Train tries to place its workers for ever and says nothing. An embedded Ray never grows, so what
 does not fit there is refused. Whether another cluster grows cannot be asked: Ray 2.60 keeps no
@@ -12,6 +12,8 @@ from collections.abc import Mapping
 
 import ray
 
+from refscale.cluster.runtime import ClusterInfo
+from refscale.config import RayConfig
 from refscale.errors import ConfigError
 from refscale.progress import say
 
@@ -20,6 +22,37 @@ _SAY_EVERY_S = 60.0
 # After so long Ray Train 2.60 gives up on placing its workers, and tries again.
 _ATTEMPT_S = 60.0
 _ATTEMPT_S_VARIABLE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+
+
+def require_replicas(
+    ray_config: RayConfig, cluster: ClusterInfo, gpus_each: float, label: str
+) -> None:
+    """See that the replicas that scoring starts with fit, and a task beside them.
+
+    Args:
+        ray_config: The config's section ray.
+        cluster: What there is.
+        gpus_each: GPUs of a replica.
+        label: Of the stage, for what is said.
+
+    Raises:
+        ConfigError: They do not, and Ray is embedded, so that nothing can change that.
+    """
+    replicas = ray_config.replica_bounds()[0]
+    cpus = replicas * ray_config.cpus_per_replica + ray_config.cpus_per_task
+    gpus = replicas * gpus_each
+    if cpus <= cluster.cpus and gpus <= cluster.gpus:
+        return
+    lacking = (
+        f"{replicas} replica(s) and a task beside them take {cpus:g} CPUs and {gpus:g} GPUs, and"
+        f" do not fit: Ray has {cluster.cpus:g} and {cluster.gpus:g}"
+    )
+    if cluster.embedded:
+        raise ConfigError(
+            f"{lacking}; lower ray.replicas, ray.cpus_per_replica, ray.cpus_per_task or"
+            " ray.gpus_per_replica, or raise ray.num_cpus"
+        )
+    say(f"{label:<9} {lacking}; waiting for nodes")
 
 
 class Room:

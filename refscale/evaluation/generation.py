@@ -99,7 +99,7 @@ class Generator:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-        from refscale.scoring.loading import _require_whole, merge_adapter
+        from refscale.scoring.loading import merge_adapter, require_whole
         from refscale.scoring.reference import choose_dtype
 
         self.settings = settings
@@ -129,7 +129,7 @@ class Generator:
                     **options,
                 )
             if split:
-                _require_whole(model, set())
+                require_whole(model, set())
             if settings.adapter is not None:
                 model = merge_adapter(model, settings.adapter)
         except (OSError, ValueError, KeyError) as exc:

@@ -1,8 +1,8 @@
 """Decoder layers that torch compiles: fewer passes over memory between the products.
 
-A layer's norms, rotations, activations and residuals are bound by memory; compiled, each
-chain of them reads and writes once. The layers of a model share their code, so that one compilation
-serves all of one kind. No ray.
+A layer's norms, rotations, activations and residuals are bound by memory; compiled, each chain of
+them reads and writes once. The layers of a model share their code, so that one compilation serves
+all of one kind. No ray.
 """
 
 from collections.abc import Iterator

@@ -65,7 +65,7 @@ def load_model(
         model, found = AutoModelForCausalLM.from_pretrained(
             model_name_or_path, output_loading_info=True, **options
         )
-        _require_whole(model, found["missing_keys"])
+        require_whole(model, found["missing_keys"])
         if adapter:
             model = merge_adapter(model, adapter)
         if "device_map" not in options:
@@ -82,7 +82,7 @@ def load_model(
     return model, reason
 
 
-def _require_whole(model: Any, missing: set[str]) -> None:
+def require_whole(model: Any, missing: set[str]) -> None:
     """Refuse what transformers fills up with random weights, and what it leaves off the GPUs."""
     if missing:
         names = ", ".join(sorted(missing)[:3])

@@ -12,6 +12,15 @@ import torch
 
 from refscale.scoring.encoded_pairs import EncodedPairs
 
+# Whatever a foreign architecture does with packs, there is another path.
+BREAKS_OFF = (
+    RuntimeError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+    AssertionError,
+)
 _CHECKED_PAIRS = 4
 # Of a pair, tokens: the truth's logits take this many rows of the whole vocabulary.
 _LONGEST_CHECKED = 2048
@@ -84,15 +93,7 @@ def fault(
         sums = compute()
     except torch.OutOfMemoryError:
         raise
-    except (
-        RuntimeError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        LookupError,
-        AssertionError,
-    ) as exc:
-        # Whatever a foreign architecture does with packs, there is another path.
+    except BREAKS_OFF as exc:
         return f"breaks off: {exc}", float("inf")
     known = np.isfinite(truth)
     difference = np.abs(sums - truth)[known]

@@ -16,6 +16,7 @@ from trl import DPOTrainer
 
 from refscale.errors import TrainingError
 from refscale.scoring.limits import Limits
+from refscale.scoring.self_check import BREAKS_OFF
 from refscale.training.data import REF_COLUMNS
 
 
@@ -169,15 +170,7 @@ def packed_check(trainer: DPOTrainer, model: Any, num_pairs: int) -> str | None:
         packed = _sample_sums(trainer, model, num_pairs, packed=True, bf16=bf16)
     except (torch.OutOfMemoryError, torch.distributed.DistError):
         raise
-    except (
-        RuntimeError,  # of which NotImplementedError is one
-        TypeError,
-        ValueError,
-        AttributeError,
-        LookupError,
-        AssertionError,
-    ) as exc:
-        # As scoring's self-check has it: whatever a foreign architecture does with packs.
+    except BREAKS_OFF as exc:
         return f"a packed step breaks off: {' '.join(str(exc).split()) or type(exc).__name__}"
     padded = _sample_sums(trainer, model, num_pairs, packed=False, bf16=bf16)
     difference = np.abs(packed.policy - padded.policy)

@@ -88,9 +88,9 @@ def test_a_model_that_is_left_off_the_gpus_is_refused(llama, monkeypatch):
     monkeypatch.setattr(llama, "hf_device_map", {"model": 0, "lm_head": "cpu"}, raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match=r"does not fit on 2 GPUs; raise ray.gpus_per_replica"):
-        loading._require_whole(llama, set())
+        loading.require_whole(llama, set())
     monkeypatch.setattr(llama, "hf_device_map", {"model": 0, "lm_head": 1})
-    loading._require_whole(llama, set())
+    loading.require_whole(llama, set())
 
 
 def test_float32_never_runs_through_flash_attention(llama):

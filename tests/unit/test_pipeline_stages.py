@@ -11,6 +11,7 @@ from fake_hub import fake_hub, next_process
 from support import save_tiny_llama, string_pairs, write_jsonl
 
 from refscale import pipeline
+from refscale.cluster.room import require_replicas
 from refscale.cluster.runtime import ClusterInfo
 from refscale.cluster.trainer import worker_env
 from refscale.config import parse_config
@@ -207,10 +208,11 @@ def test_stages_that_were_not_made_from_each_other_are_not_joined(made, redone, 
 )
 def test_replicas_that_never_fit_are_refused_at_once(made, capsys, ray, lacks):
     run = made(ray=ray)
+    gpus = run.gpus(run.config.ray.gpus_per_replica)
     with pytest.raises(ConfigError, match=rf"take {lacks}, and do not fit: Ray has 4 and 0"):
-        pipeline._require_room(run, "score")
+        require_replicas(run.config.ray, run.cluster, gpus, "score")
     run._cluster = replace(run._cluster, embedded=False)
-    pipeline._require_room(run, "score")
+    require_replicas(run.config.ray, run.cluster, gpus, "score")
     assert f"{lacks}, and do not fit: Ray has 4 and 0; waiting for nodes" in " ".join(
         capsys.readouterr().err.split()
     )
