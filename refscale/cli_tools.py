@@ -184,7 +184,9 @@ def compare(
     arms: Annotated[
         list[str] | None,
         typer.Option(
-            "--arm", help="full, random:0.5 or STRATEGY:KEEP:FRACTION; again for more. Default: all"
+            "--arm",
+            help="full, random:0.5 or STRATEGY:KEEP:FRACTION[:match_lengths]; again for more."
+            " Default: all",
         ),
     ] = None,
     seeds: Annotated[

@@ -227,6 +227,12 @@ class SelectConfig(Section):
         description="Quantiles (low, high) of the key between which pairs are kept.",
     )
     per_source: bool = Field(False, description="Select within each source on its own.")
+    match_lengths: bool = Field(
+        False,
+        description="Select among pairs of about one length difference on their own (chosen longer"
+        " or shorter by 0, 1, 2 to 3, 4 to 7 ... tokens), so that the kept pairs' lengths differ as"
+        " those of all.",
+    )
     beta: float = Field(0.1, gt=0, description="DPO's beta, for required_loss.")
     seed: int = Field(0, description="Seed of the strategy random.")
 
@@ -252,6 +258,8 @@ class SelectConfig(Section):
             raise ValueError(f"band must be 0 <= low < high <= 1, got {list(self.band)}")
         if self.threshold is not None and self.keep not in ("largest", "smallest"):
             raise ValueError(f"threshold goes with keep largest or smallest, not {self.keep}")
+        if self.threshold is not None and self.match_lengths:
+            raise ValueError("match_lengths goes with fraction, count or band, not threshold")
         return self
 
 

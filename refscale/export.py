@@ -178,7 +178,8 @@ def dataset_card(
         "pairs": f"{counts['pairs']:,} of {selected['counts']['of']:,} scored ones",
         "form": "chat messages" if chat else "strings",
         "selection key": facts.get("strategy", "unknown"),
-        "kept": f"{facts.get('keep', 'unknown')}{f', {size}' if size else ''}",
+        "kept": f"{facts.get('keep', 'unknown')}{f', {size}' if size else ''}"
+        f"{', of each length difference' if facts.get('match_lengths') else ''}",
         "selection fingerprint": selected["identity"],
     }
     for name, group in facts.get("groups", {}).items():

@@ -131,6 +131,8 @@ def selection_lines(facts: Mapping[str, Any]) -> Lines:
     """The selection stage's table."""
     everything, kept = facts["all"], facts["kept"]
     size = ", ".join(f"{name} {value}" for name, value in facts["size"].items())
+    if facts["match_lengths"]:
+        size += ", lengths matched"
     lines = [
         ("kept", f"{facts['num_kept']:,} of {facts['num_pairs']:,} training pairs"),
         ("by", f"{facts['strategy']}, {facts['keep']}, {size}"),
@@ -150,7 +152,7 @@ def selection_lines(facts: Mapping[str, Any]) -> Lines:
             (
                 "careful",
                 f"the kept pairs lean to one length, by {abs(lean):.0%} of a usual difference:"
-                " training may learn that instead; compare with random and length_adjusted_margin",
+                " training may learn that instead; try select.match_lengths, compare with random",
             )
         )
     if len(facts["sources"]) > 1:

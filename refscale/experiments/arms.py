@@ -1,6 +1,6 @@
 """The arms of a comparison: selections that a user names in a word.
 
-In: `full`, `random:0.5`, `mean_margin:largest:0.5`. Out: an Arm, and the config of its run.
+In: `full`, `random:0.5`, `margin:largest:0.5:match_lengths`. Out: an Arm, and its run's config.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from refscale.selection.strategies import STRATEGIES
 
 FULL = "full"
 RANDOM = "random"
+_MATCHED = "match_lengths"
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,14 @@ class Arm:
         strategy: Of the selection; "mean_margin" for full, whose order does not matter.
         keep: largest, smallest or middle.
         fraction: Share of the training pairs.
+        match_lengths: Whether the kept pairs' lengths differ as those of all do.
     """
 
     text: str
     strategy: str
     keep: str
     fraction: float
+    match_lengths: bool = False
 
     @property
     def folder(self) -> str:
@@ -45,7 +48,7 @@ class Arm:
 
 
 def parse_arm(text: str) -> Arm:
-    """An arm out of `full`, `random:FRACTION` or `STRATEGY:KEEP:FRACTION`.
+    """An arm out of `full`, `random:FRACTION` or `STRATEGY:KEEP:FRACTION[:match_lengths]`.
 
     Raises:
         ConfigError: It is none of these.
@@ -56,10 +59,11 @@ def parse_arm(text: str) -> Arm:
     if parts[0] == RANDOM and len(parts) == 2:
         parts = [RANDOM, "largest", parts[1]]
     keeps = ("largest", "smallest", "middle")
-    if len(parts) != 3 or parts[0] not in STRATEGIES or parts[1] not in keeps:
+    matched = len(parts) == 4 and parts[0] != RANDOM and parts[3] == _MATCHED
+    if len(parts) != 3 + matched or parts[0] not in STRATEGIES or parts[1] not in keeps:
         raise ConfigError(
-            f"an arm is full, random:FRACTION or STRATEGY:KEEP:FRACTION with a strategy of"
-            f" {', '.join(STRATEGIES)} and keep {', '.join(keeps)}, got {text!r}"
+            f"an arm is full, random:FRACTION or STRATEGY:KEEP:FRACTION[:{_MATCHED}] with a"
+            f" strategy of {', '.join(STRATEGIES)} and keep {', '.join(keeps)}, got {text!r}"
         )
     try:
         fraction = float(parts[2])
@@ -68,8 +72,10 @@ def parse_arm(text: str) -> Arm:
     if not 0 < fraction <= 1:
         raise ConfigError(f"an arm's fraction must be in (0, 1], got {parts[2]!r} in {text!r}")
     strategy, keep = parts[0], parts[1]
-    name = f"{RANDOM}:{fraction:g}" if strategy == RANDOM else f"{strategy}:{keep}:{fraction:g}"
-    return Arm(name, strategy, keep, fraction)
+    if strategy == RANDOM:
+        return Arm(f"{RANDOM}:{fraction:g}", strategy, keep, fraction)
+    name = f"{strategy}:{keep}:{fraction:g}{f':{_MATCHED}' if matched else ''}"
+    return Arm(name, strategy, keep, fraction, matched)
 
 
 def grid(
@@ -91,6 +97,7 @@ def arm_config(config: Config, arm: Arm, seed: int) -> Config:
             "keep": arm.keep,
             "fraction": arm.fraction,
             "per_source": config.select.per_source,
+            "match_lengths": arm.match_lengths,
             "beta": config.select.beta,
             "seed": seed if arm.strategy == RANDOM else 0,
         }

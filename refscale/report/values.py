@@ -122,7 +122,10 @@ def _refused_examples(
 
 
 def _cuts(folder: StageFolder, manifest: Mapping[str, Any]) -> dict[str, list[float]]:
-    groups = manifest.get("details", {}).get("groups", {})
+    details = manifest.get("details", {})
+    if details.get("match_lengths"):
+        return {}  # a cut for each class of length differences: no line of one key's histogram
+    groups = details.get("groups", {})
     cuts = {
         name: [group["threshold"]]
         for name, group in groups.items()
@@ -225,7 +228,7 @@ def _selection(data: ReportData) -> Values | None:
     return {
         **{
             name: details.get(name)
-            for name in ("strategy", "keep", "size", "per_source", "histogram")
+            for name in ("strategy", "keep", "size", "per_source", "match_lengths", "histogram")
         },
         "num_pairs": total,
         "num_kept": kept,
@@ -236,7 +239,9 @@ def _selection(data: ReportData) -> Values | None:
         "groups": details.get("groups", {}),
         "cuts": {name: list(ends) for name, ends in data.cuts.items()},
         "scatter": details.get("scatter") or None,
-        "follows_length": correlation is not None and abs(correlation) >= _LARGE_CORRELATION,
+        "follows_length": not details.get("match_lengths")
+        and correlation is not None
+        and abs(correlation) >= _LARGE_CORRELATION,
         "examples": examples,
     }
 

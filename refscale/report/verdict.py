@@ -40,7 +40,8 @@ def verdict(values: Values) -> list[str]:
     if selection.get("num_pairs"):
         said.append(
             f"{selection['num_kept']:,} of {selection['num_pairs']:,} pairs kept by"
-            f" {selection['strategy']}, {selection['keep']}."
+            f" {selection['strategy']}, {selection['keep']}"
+            f"{', lengths matched' if selection.get('match_lengths') else ''}."
         )
     if selection.get("follows_length"):
         correlation = f"{selection['all']['key_length_correlation']:+.2f}".replace("-", "−")

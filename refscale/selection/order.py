@@ -6,13 +6,15 @@ pair has the key
     (order-preserving bits of its float32 strategy value, pair_id)
 
 which is a total order: ties are broken by content, so the kept set depends neither on shards, nor
-on row order, retries or cluster size. radix.py finds the cuts.
+on row order, retries or cluster size. Where the spec says so, each source, and each class of length
+differences, is an order of its own. radix.py finds the cuts.
 """
 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from itertools import groupby
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +24,7 @@ from refscale.errors import ConfigError, SelectionError
 from refscale.schema import TRAIN
 from refscale.selection.strategies import (
     STRATEGIES,
+    length_difference,
     pair_id_words,
     score_columns,
     strategy_values,
@@ -40,14 +43,44 @@ class Keys:
         values: float32 (N,) strategy values, finite.
         pair_ids: uint64 (N, 2), words of pair_id, of any byte order; see `pair_id_words`.
         sources: Name of each pair's source, (N,) objects.
+        length_differences: num_chosen_tokens - num_rejected_tokens, int64 (N,).
     """
 
     values: np.ndarray
     pair_ids: np.ndarray
     sources: np.ndarray
+    length_differences: np.ndarray
 
     def __len__(self) -> int:
         return len(self.values)
+
+    def take(self, rows: slice | np.ndarray) -> "Keys":
+        """The keys of these rows."""
+        return Keys(*(column[rows] for column in vars(self).values()))
+
+
+class Group(NamedTuple):
+    """Pairs that are ordered and cut on their own.
+
+    Attributes:
+        source: Their source with `per_source`, else "all".
+        length_class: Of `length_classes` with `match_lengths`, else None.
+    """
+
+    source: str
+    length_class: int | None = None
+
+    @property
+    def name(self) -> str:
+        """For people: "all", or "all, chosen 4 to 7 tokens longer"."""
+        if self.length_class is None:
+            return self.source
+        if not self.length_class:
+            return f"{self.source}, as long as each other"
+        high = (1 << abs(self.length_class)) - 1
+        low = (high + 1) // 2
+        tokens = f"{low:,} to {high:,} tokens" if high > 1 else "1 token"
+        return f"{self.source}, chosen {tokens} {'longer' if self.length_class > 0 else 'shorter'}"
 
 
 @dataclass(frozen=True)
@@ -65,6 +98,8 @@ class SelectionSpec:
             low <= value <= high. Rounded to float32, as values are.
         band: Quantiles (low, high) in [0, 1], counted from the smallest value.
         per_source: Select within each source on its own.
+        match_lengths: Select within each of `length_classes` on its own, of each what it has of the
+            whole: so the kept pairs have the length differences of all. Not with `threshold`.
         beta: DPO's beta, for required_loss.
         seed: For random.
     """
@@ -76,6 +111,7 @@ class SelectionSpec:
     threshold: float | tuple[float, float] | None = None
     band: tuple[float, float] | None = None
     per_source: bool = False
+    match_lengths: bool = False
     beta: float = 0.1
     seed: int = 0
 
@@ -121,6 +157,8 @@ class SelectionSpec:
         if self.threshold is not None:
             if self.keep == "middle":
                 raise ConfigError("select.threshold goes with keep largest, smallest or band")
+            if self.match_lengths:
+                raise ConfigError("select.match_lengths goes with fraction, count or band")
             ends = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
             if not all(abs(end) <= _FLOAT32_MAX for end in ends) or ends[0] > ends[-1]:
                 raise ConfigError(
@@ -139,31 +177,56 @@ class SelectionSpec:
         limit = np.float32(self.threshold)
         return values >= limit if self.descending else values <= limit
 
-    def ranks(self, total: int, group: str) -> tuple[int, int]:
-        """Ranks [start, stop) that are kept of a group of `total` pairs.
+    def ranks(self, totals: Mapping[Group, int]) -> dict[Group, tuple[int, int]]:
+        """Ranks [start, stop) that are kept of each group.
 
         `fraction` of N keeps floor(fraction * N + 0.5) pairs (halves up, in float64), at least one
-        and at most N; a band's ends are rounded alike.
+        and at most N; a band's ends are rounded alike. With `match_lengths`, N counts the pairs of
+        all classes. What is kept of them is dealt out by the classes' sizes, rounded where each
+        ends in the order of classes, so that the whole is kept to the pair.
+
+        Args:
+            totals: Pairs of each group.
 
         Raises:
-            SelectionError: `count` exceeds the group.
+            SelectionError: `count` exceeds what there is.
         """
+        found: dict[Group, tuple[int, int]] = {}
+        for source, members in groupby(sorted(totals), key=lambda group: group.source):
+            groups = list(members)
+            total = sum(totals[group] for group in groups)
+            size = self._size(total, source)
+            seen = dealt = 0
+            for group in groups:
+                pairs = totals[group]
+                seen += pairs
+                share = (2 * size * seen + total) // (2 * total) - dealt if total else 0
+                dealt += share
+                start = self._start(pairs, share)
+                found[group] = (start, start + share)
+        return found
+
+    def _size(self, total: int, source: str) -> int:
+        """How many of `total` pairs are kept."""
         if self.band is not None:
             start, stop = (min(total, math.floor(q * total + 0.5)) for q in self.band)
-            return start, stop
+            return stop - start
         if self.count is not None:
-            where = f" of source {group}" if self.per_source else ""
+            where = f" of source {source}" if self.per_source else ""
             if self.count > total:
                 raise SelectionError(
                     f"select.count is {self.count}, but there are only {total} scored training"
                     f" pairs{where}; lower it, or use select.fraction: 1.0"
                 )
-            size = self.count
-        else:
-            assert self.fraction is not None, "a spec has one size"
-            size = min(total, max(1, math.floor(self.fraction * total + 0.5)))
-        start = (total - size) // 2 if self.keep == "middle" else 0
-        return start, start + size
+            return self.count
+        assert self.fraction is not None, "a spec has one size"
+        return min(total, max(1, math.floor(self.fraction * total + 0.5)))
+
+    def _start(self, pairs: int, size: int) -> int:
+        """The first rank that is kept of so many pairs, where `size` are."""
+        if self.band is not None:
+            return min(pairs - size, math.floor(self.band[0] * pairs + 0.5))
+        return (pairs - size) // 2 if self.keep == "middle" else 0
 
 
 def keys_of(table: pa.Table, spec: SelectionSpec, fit: tuple[float, float] = (0.0, 0.0)) -> Keys:
@@ -172,11 +235,11 @@ def keys_of(table: pa.Table, spec: SelectionSpec, fit: tuple[float, float] = (0.
     Raises:
         SelectionError: A value is not finite.
     """
-    pair_ids = pair_id_words(table["pair_id"])
+    pair_ids, columns = pair_id_words(table["pair_id"]), score_columns(table)
     values = strategy_values(
-        score_columns(table), pair_ids, spec.strategy, beta=spec.beta, seed=spec.seed, fit=fit
+        columns, pair_ids, spec.strategy, beta=spec.beta, seed=spec.seed, fit=fit
     )
-    return Keys(values, pair_ids, table["source"].to_numpy())
+    return Keys(values, pair_ids, table["source"].to_numpy(), length_difference(columns))
 
 
 def train_rows(table: pa.Table) -> pa.Table:
@@ -244,11 +307,16 @@ class Interval:
     threshold: float | None
 
 
-def groups_of(keys: Keys, per_source: bool) -> Iterator[tuple[str, slice | np.ndarray]]:
-    """A shard's pairs by group, as (name, rows): by source, or all in the group "all"."""
-    if not per_source:
-        yield "all", slice(None)
-        return
+def length_classes(differences: np.ndarray) -> np.ndarray:
+    """0, 1, 2 to 3, 4 to 7 ... tokens, with the sign of the difference; int64 (N,) both.
+
+    Fixed bounds rather than quantiles: a pair's class depends on nothing but the pair.
+    """
+    return np.sign(differences) * np.frexp(np.abs(differences).astype(np.float64))[1]
+
+
+def rows_by_source(keys: Keys) -> Iterator[tuple[str, slice | np.ndarray]]:
+    """A shard's rows by source, as (name, rows)."""
     encoded = pa.array(keys.sources, pa.string()).dictionary_encode()
     names, codes = encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
     if len(names) == 1:
@@ -257,6 +325,22 @@ def groups_of(keys: Keys, per_source: bool) -> Iterator[tuple[str, slice | np.nd
     order = np.argsort(codes, kind="stable")
     ends = np.cumsum(np.bincount(codes, minlength=len(names)))
     yield from zip(names, np.split(order, ends[:-1]) if names else [], strict=True)
+
+
+def groups_of(keys: Keys, spec: SelectionSpec) -> Iterator[tuple[Group, slice | np.ndarray]]:
+    """A shard's rows by the groups that `spec` cuts on their own."""
+    everything: list[tuple[str, slice | np.ndarray]] = [("all", slice(None))]
+    for source, rows in rows_by_source(keys) if spec.per_source else everything:
+        if not spec.match_lengths:
+            yield Group(source), rows
+            continue
+        classes = length_classes(keys.length_differences[rows])
+        for length_class in np.unique(classes).tolist():
+            members = np.flatnonzero(classes == length_class)
+            yield (
+                Group(source, length_class),
+                members if isinstance(rows, slice) else rows[members],
+            )
 
 
 # -- the decision --------------------------------------------------------------------------------
@@ -269,13 +353,13 @@ class Decision:
     Attributes:
         spec: What was asked for.
         fit: (intercept, slope) of length_adjusted_margin.
-        groups: By source with `per_source`, else one group, "all".
+        groups: The kept part of each group; without `per_source` and `match_lengths` one, "all".
         span: Values between which nearly all lie, for histograms.
     """
 
     spec: SelectionSpec
     fit: tuple[float, float]
-    groups: Mapping[str, Interval]
+    groups: Mapping[Group, Interval]
     span: tuple[float, float]
 
     @property
@@ -291,13 +375,13 @@ class Decision:
         )
 
     def mask(self, keys: Keys) -> np.ndarray:
-        """Whether each pair is kept; bool (N,). A source that was never seen keeps none."""
+        """Whether each pair is kept; bool (N,). A group that was never seen keeps none."""
         kept = np.zeros(len(keys), dtype=bool)
-        for group, rows in groups_of(keys, self.spec.per_source):
+        for group, rows in groups_of(keys, self.spec):
             interval = self.groups.get(group)
             if interval is None or not interval.kept:
                 continue
-            part = Keys(keys.values[rows], keys.pair_ids[rows], keys.sources[rows])
+            part = keys.take(rows)
             if interval.upper is None:
                 kept[rows] = self.spec.inside(part.values)
                 continue
@@ -309,7 +393,10 @@ class Decision:
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; `from_json` restores the decision."""
-        return asdict(self)
+        groups = {
+            group.name: {**group._asdict(), **asdict(found)} for group, found in self.groups.items()
+        }
+        return {"spec": asdict(self.spec), "fit": self.fit, "groups": groups, "span": self.span}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Decision":
@@ -322,8 +409,9 @@ class Decision:
             return None if value is None else Cut(**value)
 
         spec = SelectionSpec(**{name: plain(value) for name, value in data["spec"].items()})
-        groups = {
-            name: Interval(**{**group, "lower": cut(group["lower"]), "upper": cut(group["upper"])})
-            for name, group in data["groups"].items()
-        }
+        groups = {}
+        for stored in data["groups"].values():
+            values = {**stored, "lower": cut(stored["lower"]), "upper": cut(stored["upper"])}
+            group = Group(*(values.pop(name) for name in Group._fields))
+            groups[group] = Interval(**values)
         return cls(spec, tuple(data["fit"]), groups, tuple(data["span"]))

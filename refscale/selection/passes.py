@@ -20,7 +20,14 @@ from refscale import schema
 from refscale.config import SelectConfig
 from refscale.errors import ConfigError, SelectionError
 from refscale.evaluation.holdout import known_labels, label_purity
-from refscale.selection.order import Decision, Keys, SelectionSpec, keys_of, train_rows
+from refscale.selection.order import (
+    Decision,
+    Keys,
+    SelectionSpec,
+    groups_of,
+    keys_of,
+    train_rows,
+)
 from refscale.selection.radix import RadixSelect, Tally
 from refscale.selection.statistics import Statistics
 from refscale.selection.strategies import (
@@ -179,20 +186,12 @@ def _shard_facts(table: pa.Table, shard: str, decision: Decision) -> Facts:
 
 def _distance_to_cut(keys: Keys, decision: Decision) -> np.ndarray:
     """|key - threshold of its group|; infinite where the group has none; float64 (N,)."""
-    thresholds = {name: group.threshold for name, group in decision.groups.items()}
-    if decision.spec.per_source:
-        limits = np.array(
-            [
-                np.nan if thresholds.get(name) is None else thresholds[name]
-                for name in keys.sources.tolist()
-            ],
-            dtype=np.float64,
-        )
-    else:
-        limit = thresholds.get("all")
-        limits = np.full(len(keys), np.nan if limit is None else limit)
-    distance = np.abs(keys.values.astype(np.float64) - limits)
-    return np.where(np.isnan(distance), np.inf, distance)
+    distance = np.full(len(keys), np.inf)
+    for group, rows in groups_of(keys, decision.spec):
+        interval = decision.groups.get(group)
+        if interval is not None and interval.threshold is not None:
+            distance[rows] = np.abs(keys.values[rows].astype(np.float64) - interval.threshold)
+    return distance
 
 
 def describe(corpus: StageFolder, scores: StageFolder, decision: Decision, found: Facts) -> Item:
@@ -217,10 +216,11 @@ def describe(corpus: StageFolder, scores: StageFolder, decision: Decision, found
         "keep": spec.keep,
         "size": size,
         "per_source": spec.per_source,
+        "match_lengths": spec.match_lengths,
         **found.statistics.to_json(),
         "groups": {
-            name: {"pairs": group.pairs, "kept": group.kept, "threshold": group.threshold}
-            for name, group in decision.groups.items()
+            group.name: {"pairs": found.pairs, "kept": found.kept, "threshold": found.threshold}
+            for group, found in decision.groups.items()
         },
         "scatter": {
             "keys": [key for _, key, _, _ in found.sample],

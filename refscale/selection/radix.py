@@ -21,6 +21,7 @@ from refscale.errors import SelectionError
 from refscale.selection.order import (
     Cut,
     Decision,
+    Group,
     Interval,
     Keys,
     SelectionSpec,
@@ -47,8 +48,8 @@ class Tally:
         rows: uint64 (M, 3) words of the order, by (group, boundary); few.
     """
 
-    counts: Mapping[tuple[str, str], np.ndarray] = field(default_factory=dict)
-    rows: Mapping[tuple[str, str], np.ndarray] = field(default_factory=dict)
+    counts: Mapping[tuple[Group, str], np.ndarray] = field(default_factory=dict)
+    rows: Mapping[tuple[Group, str], np.ndarray] = field(default_factory=dict)
 
     def __add__(self, other: "Tally") -> "Tally":
         counts, rows = dict(self.counts), dict(self.rows)
@@ -152,11 +153,11 @@ class RadixSelect:
         """
         spec.validate()
         self._spec, self._fit = spec, fit
-        self._totals: dict[str, int] | None = None
-        self._kept: dict[str, int] = {}
+        self._totals: dict[Group, int] | None = None
+        self._kept: dict[Group, int] = {}
         self._span = (0.0, 0.0)
-        self._open: dict[tuple[str, str], _Boundary] = {}
-        self._cuts: dict[tuple[str, str], Cut] = {}
+        self._open: dict[tuple[Group, str], _Boundary] = {}
+        self._cuts: dict[tuple[Group, str], Cut] = {}
         self._gather_limit = _GATHERED_PAIRS
 
     @property
@@ -170,13 +171,13 @@ class RadixSelect:
         Raises:
             SelectionError: A key is not finite.
         """
-        counts: dict[tuple[str, str], np.ndarray] = {}
-        rows: dict[tuple[str, str], np.ndarray] = {}
+        counts: dict[tuple[Group, str], np.ndarray] = {}
+        rows: dict[tuple[Group, str], np.ndarray] = {}
         first = self._totals is None
         if first:
             require_finite(keys.values, keys.pair_ids, "the selection key")
         all_bits = rank_bits(keys.values, self._spec.descending)
-        for group, members in groups_of(keys, self._spec.per_source):
+        for group, members in groups_of(keys, self._spec):
             bits, pair_ids = all_bits[members], keys.pair_ids[members]
             if first:
                 counts[group, "digit"] = _Boundary(0, 0).histogram(bits, pair_ids)
@@ -226,13 +227,12 @@ class RadixSelect:
         if spec.threshold is not None:
             self._kept = {group: int(tally.counts[group, "inside"][0]) for group in totals}
         else:
-            for group, total in totals.items():
-                start, stop = spec.ranks(total, group)
+            for group, (start, stop) in spec.ranks(totals).items():
                 self._kept[group] = stop - start
                 if start < stop:
-                    self._open[group, "upper"] = _Boundary(stop - 1, total)
+                    self._open[group, "upper"] = _Boundary(stop - 1, totals[group])
                     if start:
-                        self._open[group, "lower"] = _Boundary(start - 1, total)
+                        self._open[group, "lower"] = _Boundary(start - 1, totals[group])
         if not sum(self._kept.values()):
             size = "band" if spec.band is not None else "threshold"
             raise SelectionError(

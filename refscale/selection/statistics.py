@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from refscale.selection.order import Decision, Keys, groups_of
+from refscale.selection.order import Decision, Keys, rows_by_source
 from refscale.selection.strategies import SCORE_COLUMNS, Moments, exact_sum, length_difference
 
 _BINS = 60
@@ -93,7 +93,7 @@ class Statistics:
         place = np.clip(place, 0, _BINS - 1).astype(np.int64)
         bins = [np.bincount(rows, minlength=_BINS) for rows in (place, place[kept])]
         sources = {
-            name: (len(kept[rows]), int(kept[rows].sum())) for name, rows in groups_of(keys, True)
+            name: (len(kept[rows]), int(kept[rows].sum())) for name, rows in rows_by_source(keys)
         }
         kept_scores = {name: scores[name][kept] for name in SCORE_COLUMNS}
         return cls(

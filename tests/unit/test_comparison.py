@@ -59,10 +59,17 @@ def test_an_arm_is_read_into_a_selection():
     )
     assert parse_arm("random:0.3").control is None and parse_arm(FULL).fraction == 1.0
     assert parse_arm("margin:largest:0.3").folder == "margin-largest-0.3"
+    matched = parse_arm("margin:largest:.3:match_lengths")
+    assert matched == Arm("margin:largest:0.3:match_lengths", "margin", "largest", 0.3, True)
+    assert matched.control == "random:0.3" and parse_arm(matched.text) == matched
 
 
 @pytest.mark.parametrize(
-    "text", ["", "half", "margin:0.5", "margn:largest:0.5", "margin:band:0.5", "full:0.5"]
+    "text",
+    [
+        *["", "half", "margin:0.5", "margn:largest:0.5", "margin:band:0.5", "full:0.5"],
+        *["margin:largest:0.5:matched", "random:largest:0.5:match_lengths"],
+    ],
 )
 def test_what_is_no_arm_is_an_error_that_says_how_one_looks(text):
     with pytest.raises(ConfigError, match=r"an arm is full, random:FRACTION or STRATEGY"):
@@ -87,6 +94,8 @@ def test_an_arms_config_differs_in_selection_and_seed_alone():
     assert arm.train.seed == 5 and arm.select.seed == 0
     assert arm.model_copy(update={"select": config.select, "train": config.train}) == config
     assert arm_config(config, parse_arm("random:0.3"), seed=5).select.seed == 5
+    assert not arm.select.match_lengths
+    assert arm_config(config, parse_arm("margin:largest:0.3:match_lengths"), 0).select.match_lengths
 
 
 def test_nothing_may_be_given_twice_and_a_seed_is_needed(tmp_path):

@@ -199,6 +199,7 @@ def test_a_selection_that_leans_to_one_length_is_said(kept, said):
         "all": {**common, "mean_length_difference": -0.05},
         "kept": {**common, "mean_length_difference": kept},
         "size": {"fraction": 0.5},
+        "match_lengths": False,
         "sources": {},
         **dict.fromkeys(("num_kept", "num_pairs"), 9),
         **dict.fromkeys(("strategy", "keep"), "x"),
@@ -568,6 +569,18 @@ def test_the_cuts_of_sources_are_told_in_the_table(tmp_path):
     assert set(data.cuts) == set(report_json(data)["selection"]["sources"])
     shown = {value for cell in Page(render_html(data)).cells for value, _ in cell["numbers"]}
     assert {end for ends in data.cuts.values() for end in ends} <= shown
+
+
+def test_matched_lengths_are_said_and_no_cut_is_drawn(tmp_path):
+    data = make_run(tmp_path, "select", select={"match_lengths": True}).data()
+    assert not data.cuts
+    details = data.manifests["selection"]["details"]
+    details["all"]["key_length_correlation"] = -0.9
+    page = render_html(data)
+    assert page.count("lengths matched") == 2 and ">cut " not in page
+    assert "follows length" not in page
+    by = dict(summary.selection_lines(details))["by"]
+    assert by == "mean_margin, largest, fraction 0.5, lengths matched"
 
 
 def test_credentials_of_the_config_are_not_shown(finished):

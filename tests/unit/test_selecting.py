@@ -11,7 +11,7 @@ from refscale import schema
 from refscale.config import SelectConfig
 from refscale.errors import ConfigError, SchemaError, SelectionError
 from refscale.selection import passes
-from refscale.selection.order import keys_of
+from refscale.selection.order import Group, keys_of
 from refscale.selection.radix import decide
 from refscale.storage.stages import FileRecord, StageFolder
 from refscale.storage.store import Store
@@ -135,7 +135,7 @@ def test_examples_come_from_both_ends_and_the_cut(tmp_path):
     decision = decide_here(scores, names, SelectConfig(fraction=0.5))
     found = passes.facts(scores, decision)(names)
     examples = passes.describe(corpus, scores, decision, found)["examples"]
-    threshold = decision.groups["all"].threshold
+    threshold = decision.groups[Group("all")].threshold
     assert all(example["kept"] for example in examples["top"])
     assert not any(example["kept"] for example in examples["bottom"])
     assert {example["kept"] for example in examples["cut"]} == {True, False}
@@ -154,6 +154,22 @@ def test_per_source_keeps_the_share_of_each_source(tmp_path):
     found = passes.facts(scores, decision)(names)
     facts = passes.describe(corpus, scores, decision, found)
     assert facts["sources"] == {"even": {"pairs": 80, "kept": 40}, "odd": {"pairs": 80, "kept": 40}}
+
+
+def test_matched_lengths_keep_what_the_corpus_has_of_each(tmp_path):
+    corpus, scores, names, _ = make_run(tmp_path)
+    config = SelectConfig(fraction=0.25, match_lengths=True)
+    decision = decide_here(scores, names, config)
+    found = passes.facts(scores, decision)(names)
+    facts = passes.describe(corpus, scores, decision, found)
+    assert facts["match_lengths"] and facts["num_kept"] == 40
+    groups = facts["groups"]
+    assert len(groups) > 3 and sum(group["pairs"] for group in groups.values()) == 160
+    assert all(abs(group["kept"] - 0.25 * group["pairs"]) < 1 for group in groups.values())
+    # Each example at a cut is measured from the cut of its own length differences.
+    cuts = [group.threshold for group in decision.groups.values()]
+    kept = [example for example in facts["examples"]["cut"] if example["kept"]]
+    assert kept and all(example["selection_key"] in cuts for example in kept)
 
 
 def test_purity_counts_the_right_labels_of_training_pairs(tmp_path):

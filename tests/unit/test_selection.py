@@ -20,9 +20,11 @@ from refscale.selection.order import (
     KEEPS,
     Cut,
     Decision,
+    Group,
     Keys,
     SelectionSpec,
     keys_of,
+    length_classes,
     sortable_bits,
     train_rows,
 )
@@ -45,18 +47,26 @@ def random_keys(values, seed=0, sources=1):
     n = len(values)
     ids = rng.integers(0, 2**64, (n, 2), dtype=np.uint64)
     names = np.array([f"s{i}" for i in rng.integers(0, sources, n)], dtype=object)
-    return Keys(np.asarray(values, np.float32), ids, names)
+    differences = rng.integers(-9, 10, n) * rng.integers(0, 2, n)
+    return Keys(np.asarray(values, np.float32), ids, names, differences)
 
 
-def take(keys, rows):
-    return Keys(keys.values[rows], keys.pair_ids[rows], keys.sources[rows])
+def plain_keys(values, ids):
+    """Keys of one source and sides of equal length."""
+    n = len(values)
+    return Keys(np.asarray(values, np.float32), ids, np.full(n, "s", object), np.zeros(n, np.int64))
+
+
+def length_class(difference):
+    """By hand: the bits of its absolute value, with its sign."""
+    return abs(difference).bit_length() * (1 if difference > 0 else -1)
 
 
 def split(keys, parts, seed):
     """The pairs of `keys`, shuffled and dealt out to `parts` shards, some of which are empty."""
     rng = np.random.default_rng(seed)
     cuts = np.sort(rng.integers(0, len(keys) + 1, parts - 1))
-    return [take(keys, rows) for rows in np.split(rng.permutation(len(keys)), cuts)]
+    return [keys.take(rows) for rows in np.split(rng.permutation(len(keys)), cuts)]
 
 
 def expected_ranks(spec, n):
@@ -67,18 +77,42 @@ def expected_ranks(spec, n):
     return start, start + k
 
 
+def parts_of(keys, spec):
+    """Rows and ranks of what is cut on its own: sources, and of these the length classes."""
+    for source in sorted(set(keys.sources)) if spec.per_source else [None]:
+        rows = np.arange(len(keys)) if source is None else np.flatnonzero(keys.sources == source)
+        if spec.threshold is not None:
+            yield rows, None
+            continue
+        start, stop = expected_ranks(spec, len(rows))
+        if not spec.match_lengths:
+            yield rows, (start, stop)
+            continue
+        classes = np.array([length_class(d) for d in keys.length_differences[rows].tolist()], int)
+        seen = 0
+        for each in sorted(set(classes.tolist())):
+            members = rows[classes == each]
+            # A class ends where so many pairs of all that are kept have been dealt out.
+            before, seen = seen, seen + len(members)
+            ends = [Fraction(stop - start) * n / len(rows) + Fraction(1, 2) for n in (before, seen)]
+            size = math.floor(ends[1]) - math.floor(ends[0])
+            first = 0
+            if spec.keep == "middle":
+                first = (len(members) - size) // 2
+            if spec.band:
+                first = min(len(members) - size, math.floor(spec.band[0] * len(members) + 0.5))
+            yield members, (first, first + size)
+
+
 def oracle(keys, spec):
     """Kept pair ids by a plain sort of everything."""
     kept = set()
-    groups = sorted(set(keys.sources)) if spec.per_source else [None]
-    for group in groups:
-        rows = np.arange(len(keys)) if group is None else np.flatnonzero(keys.sources == group)
+    for rows, ranks in parts_of(keys, spec):
         value = keys.values[rows] + np.float32(0)
         if spec.threshold is None:
             signed = -value if spec.keep == "largest" else value
             order = np.lexsort((keys.pair_ids[rows, 1], keys.pair_ids[rows, 0], signed))
-            start, stop = expected_ranks(spec, len(rows))
-            chosen = rows[order[start:stop]]
+            chosen = rows[order[slice(*ranks)]]
         elif spec.keep == "band":
             chosen = rows[(value >= spec.threshold[0]) & (value <= spec.threshold[1])]
         elif spec.keep == "largest":
@@ -111,6 +145,11 @@ SPECS = [
     SelectionSpec(keep="middle", fraction=0.5, per_source=True),
     SelectionSpec(keep="band", band=(0.1, 0.7), per_source=True),
     SelectionSpec(keep="largest", threshold=0.0, per_source=True),
+    SelectionSpec(keep="largest", fraction=0.5, match_lengths=True),
+    SelectionSpec(keep="smallest", count=5, match_lengths=True),
+    SelectionSpec(keep="middle", fraction=0.4, match_lengths=True),
+    SelectionSpec(keep="band", band=(0.3, 0.9), match_lengths=True),
+    SelectionSpec(keep="largest", fraction=0.6, per_source=True, match_lengths=True),
 ]
 
 
@@ -118,7 +157,8 @@ def name_of(spec):
     size = next(
         n for n in ("fraction", "count", "threshold", "band") if getattr(spec, n) is not None
     )
-    return f"{spec.keep}-{size}{'-per_source' if spec.per_source else ''}"
+    options = [name for name in ("per_source", "match_lengths") if getattr(spec, name)]
+    return "-".join([spec.keep, size, *options])
 
 
 SOME_VALUES = st.lists(
@@ -179,7 +219,7 @@ def test_pair_ids_that_differ_in_their_last_bits_alone_are_told_apart():
     n = 300
     ids = np.full((n, 2), 2**64 - 1, np.uint64)
     ids[:, 1] = np.arange(n)[::-1]
-    keys = Keys(np.ones(n, np.float32), ids, np.full(n, "s", object))
+    keys = plain_keys(np.ones(n), ids)
     kept = selected(decide(lambda: iter([keys]), SelectionSpec(count=7)), [keys])
     assert kept == {(2**64 - 1, i) for i in range(7)}
 
@@ -201,10 +241,10 @@ def test_every_strategy_selects_as_a_sort_does(strategy, keep):
 
 def test_threshold_cut_is_the_last_kept_pair():
     ids = np.array([[0, 3], [0, 1], [0, 2], [0, 4]], np.uint64)
-    keys = Keys(np.array([1, 1, 1, 2], np.float32), ids, np.full(4, "s", object))
+    keys = plain_keys([1, 1, 1, 2], ids)
     decision = decide(lambda: iter([keys]), SelectionSpec(count=3))
     # Largest first: id 4 (value 2), then ids 1, 2, 3 (value 1).
-    interval = decision.groups["all"]
+    interval = decision.groups[Group("all")]
     assert (interval.upper, interval.lower) == (Cut(1.0, f"{2:032x}"), None)
     assert (interval.pairs, interval.kept, interval.threshold) == (4, 3, 1.0)
     assert decision.mask(keys).tolist() == [False, True, True, True]
@@ -229,7 +269,7 @@ def test_passes_may_be_tallied_apart_and_added_in_any_order(per_source):
 
 def test_memory_and_passes_do_not_grow_with_the_ties():
     ids = np.random.default_rng(0).integers(0, 2**64, (300_000, 2), dtype=np.uint64)
-    keys = Keys(np.full(len(ids), 0.5, np.float32), ids, np.full(len(ids), "s", object))
+    keys = plain_keys(np.full(len(ids), 0.5), ids)
     search, passes = RadixSelect(SelectionSpec(fraction=0.5)), 0
     while not search.done:
         tally = search.tally(keys)
@@ -246,9 +286,9 @@ def test_merge_law_top_k_of_parts_is_top_k_of_all():
     spec = SelectionSpec(count=100)
 
     def top(part):
-        return take(part, decide(lambda: iter([part]), spec).mask(part))
+        return part.take(decide(lambda: iter([part]), spec).mask(part))
 
-    a, b = take(keys, slice(0, 600)), take(keys, slice(600, None))
+    a, b = keys.take(slice(0, 600)), keys.take(slice(600, None))
     parts = [top(a), top(b)]
     joined = Keys(*(np.concatenate([getattr(p, n) for p in parts]) for n in Keys.__annotations__))
     assert selected(decide(lambda: iter([joined]), spec), [joined]) == oracle(keys, spec)
@@ -259,9 +299,45 @@ def test_sources_named_like_the_group_of_all_are_no_exception():
         np.array([3, 2, 1, 0], np.float32),
         np.arange(8, dtype=np.uint64).reshape(4, 2),
         np.array(["all", "b", "all", "b"], object),
+        np.zeros(4, np.int64),
     )
     kept = decide(lambda: iter([keys]), SelectionSpec(count=1, per_source=True)).mask(keys)
     assert kept.tolist() == [True, True, False, False]
+
+
+def test_matched_lengths_keep_the_share_of_each_length_difference():
+    rng = np.random.default_rng(7)
+    n = 4000
+    differences = rng.integers(-20, 21, n)
+    # The key follows length: unmatched, the half with the longer chosen sides would be kept.
+    values = differences + rng.standard_normal(n)
+    ids = rng.integers(0, 2**64, (n, 2), dtype=np.uint64)
+    keys = Keys(values.astype(np.float32), ids, np.full(n, "s", object), differences)
+    spec = SelectionSpec(fraction=0.3, match_lengths=True)
+    decision = decide(lambda: iter([keys]), spec)
+    kept = decision.mask(keys)
+    assert kept.sum() == decision.kept == 1200
+    for each in range(-5, 6):  # 0, 1, 2 to 3, ... 16 to 31 tokens
+        inside = length_classes(differences) == each
+        assert abs(kept[inside].sum() - 0.3 * inside.sum()) < 1
+        assert values[inside & kept].min() >= values[inside & ~kept].max()
+    plain = decide(lambda: iter([keys]), SelectionSpec(fraction=0.3)).mask(keys)
+    assert differences[plain].mean() > 12 > 3 > differences[kept].mean()
+
+
+def test_length_classes_double_and_groups_name_them():
+    differences = np.array([0, 1, 2, 3, 4, 7, 8, -1, -2, -1024, 2**24 - 1])
+    assert length_classes(differences).tolist() == [0, 1, 2, 2, 3, 3, 4, -1, -2, -11, 24]
+    assert [
+        Group(source, each).name
+        for source, each in [("all", None), ("web", 0), ("web", 1), ("all", -3), ("all", 11)]
+    ] == [
+        "all",
+        "web, as long as each other",
+        "web, chosen 1 token longer",
+        "all, chosen 4 to 7 tokens shorter",
+        "all, chosen 1,024 to 2,047 tokens longer",
+    ]
 
 
 def test_impossible_selections_are_refused_with_the_numbers():
@@ -275,7 +351,7 @@ def test_impossible_selections_are_refused_with_the_numbers():
         with pytest.raises(SelectionError, match="no scored training pair"):
             decide(lambda: iter([]), spec)
         with pytest.raises(SelectionError, match="no scored training pair"):
-            decide(lambda: iter([take(keys, [])]), spec)
+            decide(lambda: iter([keys.take(slice(0))]), spec)
     with pytest.raises(SelectionError, match=r"threshold 9\.0 keeps none of 2 pairs"):
         decide(lambda: iter([keys]), SelectionSpec(threshold=9.0))
     with pytest.raises(SelectionError, match=r"band .* keeps none of 2 pairs"):
@@ -283,11 +359,7 @@ def test_impossible_selections_are_refused_with_the_numbers():
 
 
 def test_non_finite_keys_are_refused_with_their_number_and_first_pair():
-    keys = Keys(
-        np.array([1, np.nan, np.inf], np.float32),
-        np.array([[0, 1], [0, 171], [0, 3]], np.uint64),
-        np.full(3, "s", object),
-    )
+    keys = plain_keys([1, np.nan, np.inf], np.array([[0, 1], [0, 171], [0, 3]], np.uint64))
     with pytest.raises(SelectionError, match=f"2 values .* first of pair {171:032x}"):
         decide(lambda: iter([keys]), SelectionSpec(fraction=0.5))
 
@@ -295,7 +367,7 @@ def test_non_finite_keys_are_refused_with_their_number_and_first_pair():
 @pytest.mark.usefixtures("few_gathered")
 def test_a_pair_that_occurs_twice_at_the_cut_is_refused():
     ids = np.zeros((200, 2), np.uint64)
-    keys = Keys(np.ones(200, np.float32), ids, np.full(200, "s", object))
+    keys = plain_keys(np.ones(200), ids)
     with pytest.raises(SelectionError, match=f"pair {0:032x} occurs 200 times"):
         decide(lambda: iter([keys]), SelectionSpec(fraction=0.5))
 
@@ -315,6 +387,7 @@ def test_a_pair_that_occurs_twice_at_the_cut_is_refused():
         ({"keep": "band", "band": (0.5, 0.5)}, "0 <= low < high <= 1"),
         ({"keep": "band", "threshold": (2.0, 1.0)}, "low <= high"),
         ({"keep": "middle", "threshold": 1.0}, "largest, smallest or band"),
+        ({"threshold": 0.1, "match_lengths": True}, "match_lengths goes with fraction, count or"),
         ({"threshold": math.nan}, "finite"),
         ({"threshold": 1e39}, "finite float32"),
         ({"keep": "best", "fraction": 0.5}, "'best'"),
