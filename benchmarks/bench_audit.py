@@ -20,7 +20,13 @@ from benchmarks import corpora
 from benchmarks.common import Row
 
 STRATEGIES = ("mean_margin", "margin", "length_adjusted_margin")
-PARTS = (("largest", 0.5), ("largest", 0.3), ("smallest", 0.5))
+PARTS: tuple[dict[str, Any], ...] = (
+    {"keep": "largest", "fraction": 0.5},
+    {"keep": "largest", "fraction": 0.5, "match_lengths": True},
+    {"keep": "largest", "fraction": 0.3},
+    {"keep": "largest", "fraction": 0.3, "match_lengths": True},
+    {"keep": "smallest", "fraction": 0.5},
+)
 UNITS = {
     "right_labels": "of the part",
     "length_difference": "tokens, chosen minus rejected",
@@ -62,9 +68,8 @@ def audit_corpus(name: str, arguments: argparse.Namespace) -> tuple[list[Row], d
         try:
             prepared, scored = pipeline.prepare(run), pipeline.score(run)
             for strategy in STRATEGIES:
-                for keep, fraction in PARTS:
-                    options = {"strategy": strategy, "keep": keep, "fraction": fraction}
-                    part, whole = _part(run, options)
+                for options in PARTS:
+                    part, whole = _part(run, {"strategy": strategy, **options})
                     rows.append(part)
         finally:
             disconnect()
@@ -89,9 +94,10 @@ def _part(run: Any, options: dict[str, Any]) -> tuple[Row, Row]:
     select = run.config.select.model_copy(update=options)
     mine = replace(run, config=run.config.model_copy(update={"select": select}))
     facts = pipeline.select(mine)["details"]
+    matched = options.get("match_lengths", False)
     row: Row = {
         "strategy": options["strategy"],
-        "part": f"{options['keep']} {options['fraction']}",
+        "part": f"{options['keep']} {options['fraction']}{', lengths matched' if matched else ''}",
         "pairs": facts["num_kept"],
         "length_difference": facts["kept"]["mean_length_difference"],
     }
@@ -112,7 +118,7 @@ def _part(run: Any, options: dict[str, Any]) -> tuple[Row, Row]:
         for target, name in ((row, "kept"), (whole, "corpus")):
             target["right_labels"] = purity[name]["value"]
             target.update({end: purity[name][end] for end in ("low", "high")})
-        if options["keep"] == "largest":
+        if options["keep"] == "largest" and not matched:
             row["auc"] = purity["auc"]
     return row, whole
 
