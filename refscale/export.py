@@ -183,7 +183,7 @@ def dataset_card(
         "selection fingerprint": selected["identity"],
     }
     for name, group in facts.get("groups", {}).items():
-        if group.get("threshold") is not None:
+        if group.get("threshold") is not None and not facts.get("match_lengths"):
             rows[f"key at the cut{f', {name}' if name else ''}"] = f"{group['threshold']}"
     for name, digest in ((scored or {}).get("fingerprint", {}).get("model") or {}).items():
         rows[f"reference model, {name}"] = digest
