@@ -24,6 +24,8 @@ from benchmarks.common import Row
 UNITS = {
     "accuracy": "of held-out pairs",
     "length_difference": "tokens, chosen minus rejected",
+    "length_lean": "of the mean absolute difference, against all pairs",
+    "prefers_longer": "of held-out pairs whose sides differ in tokens",
     "right_labels": "of kept pairs",
     "train": "s",
     "train_gpu": "GPU s",
@@ -36,6 +38,8 @@ COLUMNS = [
     "pairs",
     "right_labels",
     "length_difference",
+    "length_lean",
+    "prefers_longer",
     "accuracy",
     "low",
     "high",
@@ -77,6 +81,11 @@ def _arm_row(corpus: str, arm: str, result: dict[str, Any]) -> Row:
     labels = [run["right_labels"] for run in runs]
     row["right_labels"] = None if None in labels else sum(labels) / len(labels)
     row["length_difference"] = sum(run["mean_length_difference"] for run in runs) / len(runs)
+    row["length_lean"] = sum(run["length_lean"] for run in runs) / len(runs)
+    longer = [run["longer_side"] for run in runs]
+    row["prefers_longer"] = (
+        None if None in longer else sum(each["preferred"] for each in longer) / len(longer)
+    )
     row.update(accuracy=accuracy["value"], low=accuracy["low"], high=accuracy["high"])
     row.update(seed_sd=accuracy["seed_sd"], seed_values=accuracy["seeds"])
     for other in ("against_random", "against_full"):

@@ -148,7 +148,7 @@ def from_file(
         row = json.loads(line)
         if not isinstance(row, dict) or not {"chosen", "rejected"} <= row.keys():
             raise CorpusError(f"{path}:{number} lacks chosen or rejected")
-        groups.setdefault(json.dumps(row.get("prompt", number)), []).append(row)
+        groups.setdefault(json.dumps(row.get("prompt") or number), []).append(row)
     rng = random.Random(seed)
     order = sorted(groups)
     rng.shuffle(order)

@@ -185,7 +185,7 @@ def compare(
         list[str] | None,
         typer.Option(
             "--arm",
-            help="full, random:0.5 or STRATEGY:KEEP:FRACTION[:match_lengths]; again for more."
+            help="full, random:0.5 or STRATEGY:KEEP:FRACTION[:matched]; again for more."
             " Default: all",
         ),
     ] = None,

@@ -230,11 +230,19 @@ class SelectConfig(Section):
     match_lengths: bool = Field(
         False,
         description="Select among pairs of about one length difference on their own (chosen longer"
-        " or shorter by 0, 1, 2 to 3, 4 to 7 ... tokens), so that the kept pairs' lengths differ as"
-        " those of all.",
+        " or shorter by 0, 1, 2 to 3, 4 to 7 ... tokens), so that the kept pairs' lengths differ"
+        " about as those of all.",
     )
     beta: float = Field(0.1, gt=0, description="DPO's beta, for required_loss.")
     seed: int = Field(0, description="Seed of the strategy random.")
+
+    def deciding_options(self) -> dict[str, Any]:
+        """What a selection's fingerprint holds of this section.
+
+        match_lengths is younger than the first run folders: it is left out where it is off, so that
+        their selections stay valid.
+        """
+        return self.model_dump(exclude=None if self.match_lengths else {"match_lengths"})
 
     @model_validator(mode="before")
     @classmethod

@@ -285,7 +285,7 @@ def select(run: Run) -> dict[str, Any]:
     )
     prepared, parent = corpus.require(), scores.require()
     require_lineage({"corpus": prepared, "scores": parent})
-    fingerprint = {"scores": parent["identity"], "select": config.select.model_dump()}
+    fingerprint = {"scores": parent["identity"], "select": config.select.deciding_options()}
     if folder.begin(fingerprint, restart="select" in run.restart):
         return _skipped(folder)
     names = [_stem(file["name"]) for file in parent["files"]]

@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from refscale import schema
+from refscale.selection.statistics import LARGE_LEAN, length_lean
 from refscale.storage.stages import FileRecord, StageFolder
 
 Lines = list[tuple[str, str]]
 
-# Of a usual length difference. Two selections that leaned by 0.5 and 0.9 trained worse policies
-# than random halves, one that leaned by a third a better one (docs/selection.md).
-_LEAN = 0.4
+# Between the shares of held-out pairs whose longer side is preferred and is chosen.
+_LARGE_LENGTH_PREFERENCE = 0.2
 # Above every 16-byte id.
 _LAST_ID = b"\xff" * 16
 
@@ -121,12 +121,6 @@ def scoring_lines(counts: Mapping[str, Any], details: Mapping[str, Any]) -> Line
 # -- selection -------------------------------------------------------------------------------------
 
 
-def _length_lean(everything: Mapping[str, Any], kept: Mapping[str, Any]) -> float:
-    """How far the kept pairs' mean length difference is from that of all, in mean differences."""
-    moved = kept["mean_length_difference"] - everything["mean_length_difference"]
-    return float(moved / max(everything["mean_abs_length_difference"], 1e-9))
-
-
 def selection_lines(facts: Mapping[str, Any]) -> Lines:
     """The selection stage's table."""
     everything, kept = facts["all"], facts["kept"]
@@ -146,8 +140,8 @@ def selection_lines(facts: Mapping[str, Any]) -> Lines:
     correlation = everything["key_length_correlation"]
     if correlation is not None:
         lines.append(("correlation", f"of key and length difference: {correlation:+.2f}"))
-    lean = _length_lean(everything, kept)
-    if abs(lean) > _LEAN:
+    lean = length_lean(everything, kept)
+    if lean is not None and abs(lean) > LARGE_LEAN:
         lines.append(
             (
                 "careful",
@@ -247,6 +241,16 @@ def evaluation_lines(facts: Mapping[str, Any]) -> Lines:
         ):
             before, after = metrics[name]["before"], metrics[name]["after"]
             lines.append((label, f"{_estimate(before)} before, {_estimate(after)} after"))
+        longer = metrics["longer_side"]
+        if longer and abs(longer["preferred"] - longer["chosen"]) > _LARGE_LENGTH_PREFERENCE:
+            lines.append(
+                (
+                    "careful",
+                    f"the policy prefers the longer side in {longer['preferred']:.0%} of"
+                    f" {longer['n']:,} pairs, chosen is it in {longer['chosen']:.0%}: it may have"
+                    " learned length",
+                )
+            )
     for reason, count in facts["unscorable"].items():
         lines.append(("left out", f"{count:,} pairs that the policy cannot score: {reason}"))
     if "purity" in facts:

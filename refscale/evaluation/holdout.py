@@ -120,6 +120,9 @@ def evaluate_pairs(table: pa.Table, beta: float, *, seed: int = 0) -> dict[str, 
     - ranking_accuracy: share of pairs whose chosen completion has the larger mean log-prob a token
       (length-normalised ranking accuracy, arXiv:2405.19534), of the reference (before), of the
       policy (after), and the paired difference of the two.
+    - longer_side: of the n pairs whose sides differ in tokens, the shares whose longer side is
+      chosen, and has the larger reward (a tie counts one half): far apart where the policy learned
+      length. None where there is no such pair.
 
     Args:
         table: Rows in `schema.EVALUATION`.
@@ -129,7 +132,8 @@ def evaluate_pairs(table: pa.Table, beta: float, *, seed: int = 0) -> dict[str, 
     Returns:
         `{"beta", "overall": M, "sources": {name: M}}` where M is `{"n", "reward_accuracy":
         {"before", "after"}, "reward_margin": {"before", "after"}, "ranking_accuracy": {"before",
-        "after", "difference"}}` with an estimate at each leaf but n. An accuracy of 0 or 1 has
+        "after", "difference"}, "longer_side": {"n", "chosen", "preferred"} or None}` with an
+        estimate at each leaf but those of longer_side and n. An accuracy of 0 or 1 has
         Wilson's interval, for as many trials as there are prompts.
 
     Raises:
@@ -171,6 +175,15 @@ def evaluate_pairs(table: pa.Table, beta: float, *, seed: int = 0) -> dict[str, 
     }
 
     prompts = number_prompts(table["prompt_id"])
+    longer = np.sign(columns["num_chosen_tokens"] - columns["num_rejected_tokens"])
+    preferred = _wins(longer * (policy - reference))
+
+    def longer_side(rows: np.ndarray) -> dict[str, Any] | None:
+        rows = rows[longer[rows] != 0]
+        if not rows.size:
+            return None
+        chosen = float((longer[rows] > 0).mean())
+        return {"n": int(rows.size), "chosen": chosen, "preferred": float(preferred[rows].mean())}
 
     def metrics(rows: np.ndarray) -> dict[str, Any]:
         mine = number_prompts(pa.array(prompts[rows]))
@@ -185,6 +198,7 @@ def evaluate_pairs(table: pa.Table, beta: float, *, seed: int = 0) -> dict[str, 
             "reward_accuracy": {"before": _exactly(0.5), "after": estimates["reward_accuracy"]},
             "reward_margin": {"before": _exactly(0.0), "after": estimates["reward_margin"]},
             "ranking_accuracy": {k: estimates[k] for k in ("before", "after", "difference")},
+            "longer_side": longer_side(rows),
         }
 
     sources = np.asarray(table.column("source").to_pylist(), dtype=object)
@@ -363,7 +377,11 @@ def _wilson(successes: int, n: int) -> Estimate:
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = _Z95 * np.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
     # The interval contains p; at p = 0 and 1 rounding may miss it by an ulp.
-    return {"value": p, "low": float(min(centre - half, p)), "high": float(max(centre + half, p))}
+    return {
+        "value": p,
+        "low": float(min(centre - half, p)),
+        "high": float(min(max(centre + half, p), 1.0)),
+    }
 
 
 def _auc(keys: np.ndarray, positive: np.ndarray) -> float | None:

@@ -1,6 +1,6 @@
 """The arms of a comparison: selections that a user names in a word.
 
-In: `full`, `random:0.5`, `margin:largest:0.5:match_lengths`. Out: an Arm, and its run's config.
+In: `full`, `random:0.5`, `margin:largest:0.5:matched`. Out: an Arm, and the config of its run.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from refscale.selection.strategies import STRATEGIES
 
 FULL = "full"
 RANDOM = "random"
-_MATCHED = "match_lengths"
+_MATCHED = "matched"
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Arm:
         strategy: Of the selection; "mean_margin" for full, whose order does not matter.
         keep: largest, smallest or middle.
         fraction: Share of the training pairs.
-        match_lengths: Whether the kept pairs' lengths differ as those of all do.
+        match_lengths: Whether lengths are matched, whatever the run's config says.
     """
 
     text: str
@@ -48,7 +48,7 @@ class Arm:
 
 
 def parse_arm(text: str) -> Arm:
-    """An arm out of `full`, `random:FRACTION` or `STRATEGY:KEEP:FRACTION[:match_lengths]`.
+    """An arm out of `full`, `random:FRACTION` or `STRATEGY:KEEP:FRACTION[:matched]`.
 
     Raises:
         ConfigError: It is none of these.
@@ -97,7 +97,7 @@ def arm_config(config: Config, arm: Arm, seed: int) -> Config:
             "keep": arm.keep,
             "fraction": arm.fraction,
             "per_source": config.select.per_source,
-            "match_lengths": arm.match_lengths,
+            "match_lengths": arm.match_lengths or config.select.match_lengths,
             "beta": config.select.beta,
             "seed": seed if arm.strategy == RANDOM else 0,
         }

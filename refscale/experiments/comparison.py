@@ -35,6 +35,7 @@ from refscale.progress import say
 from refscale.report.comparison_page import render_html
 from refscale.secrets import refuse_secrets
 from refscale.selection import passes
+from refscale.selection.statistics import length_lean
 from refscale.storage.fingerprints import first_difference
 from refscale.storage.locks import RunLock
 from refscale.storage.stages import StageFolder
@@ -91,7 +92,8 @@ def compare(
     """Train and evaluate every arm with every seed, and write the comparison.
 
     Args:
-        config: Of the run that the arms share; its `select` gives per_source and beta.
+        config: Of the run that the arms share; its `select` gives per_source, match_lengths and
+            beta.
         run_dir: The run folder; prepared and scored first, if it is not yet.
         arms: As `parse_arm` reads them; None for `grid()`.
         seeds: Each arm is trained once with each: shuffling, and the draw of the random arms.
@@ -271,7 +273,7 @@ def _run_arm(
     result = _result(run.store, arm, seed)
     fingerprint = {
         "scores": run.folder("scores").require()["identity"],
-        "select": config.select.model_dump(),
+        "select": config.select.deciding_options(),
         "train": deciding_options(config.train.model_dump()),
         "evaluate": config.evaluate.model_dump(),
     }
@@ -353,6 +355,8 @@ def _details(
         "pairs": selected["counts"]["kept"],
         "mean_length_difference": kept["mean_length_difference"],
         "mean_length_difference_of_all": every["mean_length_difference"],
+        "length_lean": length_lean(every, kept),
+        "longer_side": (evaluated["details"].get("overall") or {}).get("longer_side"),
         "right_labels": None if right is None else right["value"],
         "train_s": trained["seconds"] if whole else None,
         "train_gpu_s": trained["seconds"] * gpus if whole else None,

@@ -9,14 +9,17 @@ is drawn from Student's t about the mean, which is wide for few seeds, as it sho
 seed it is unknown and left out. numpy only; seconds for a million pairs and ten arms.
 """
 
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from refscale.evaluation.holdout import Estimate, sum_by_prompt
+from refscale.evaluation.holdout import Estimate, _wilson, sum_by_prompt
 
 RESAMPLES = 2000
+# Of the seeds' part for each resample: the tails of Student's t are far out and rarely met.
+_DRAWS = 50
 # Counts of resampled prompts held at once: 32 MB.
 _BLOCK = 4_000_000
 
@@ -42,7 +45,9 @@ def summarise(
         By arm and measure `{"value", "low", "high", "seeds": [mean of each], "seed_sd",
         "against_random", "against_full"}`; the last two are estimates of this arm minus the other,
         or None where the other was not run. Intervals are percentile intervals of 95 %; those of
-        one seed say nothing of another training.
+        one seed say nothing of another training. An interval of values that all lie in [0, 1] is
+        cut there; where all of an arm are 0, or all 1, it is Wilson's, for as many as there are
+        prompts.
     """
     result: dict[str, dict[str, Any]] = {}
     for measure, arms in values.items():
@@ -50,13 +55,22 @@ def summarise(
         for arm, matrix in arms.items():
             by_seed = matrix.mean(axis=1)
             result.setdefault(arm, {})[measure] = {
-                **_estimate(float(matrix.mean()), resampled[arm]),
+                **_mean(matrix, resampled[arm], int(prompts.max()) + 1),
                 "seeds": by_seed.tolist(),
                 "seed_sd": float(by_seed.std(ddof=1)) if len(by_seed) > 1 else None,
                 "against_random": _difference(arms, resampled, arm, controls.get(arm)),
                 "against_full": _difference(arms, resampled, arm, full),
             }
     return result
+
+
+def _mean(matrix: np.ndarray, resampled: np.ndarray, num_prompts: int) -> Estimate:
+    value = float(matrix.mean())
+    if matrix.min() < 0 or matrix.max() > 1:
+        return _estimate(value, resampled)
+    if value in (0, 1):  # no resample differs, and an interval would claim certainty
+        return _wilson(int(value) * num_prompts, num_prompts)
+    return _estimate(value, np.clip(resampled, 0, 1))
 
 
 def _difference(
@@ -74,7 +88,10 @@ def _difference(
 def _resample(
     arms: Mapping[str, np.ndarray], prompts: np.ndarray, seed: int
 ) -> dict[str, np.ndarray]:
-    """By arm, float64 (RESAMPLES,): its mean, had the prompts and the trainings been others."""
+    """By arm, its mean, had the prompts and the trainings been others.
+
+    float64 (RESAMPLES,) of one seed, (RESAMPLES * _DRAWS,) of more.
+    """
     rng = np.random.default_rng(seed)
     columns = np.concatenate(list(arms.values())).T  # (pairs, arms x seeds)
     sums, sizes = sum_by_prompt(columns, prompts)
@@ -93,8 +110,11 @@ def _resample(
         mine = means[:, begin : begin + num_seeds]
         result[arm] = mine.mean(axis=1)
         if num_seeds > 1:
+            result[arm] = np.repeat(result[arm], _DRAWS)
             error = matrix.mean(axis=1).std(ddof=1) / np.sqrt(num_seeds)
-            result[arm] += error * rng.standard_t(num_seeds - 1, size=RESAMPLES)
+            # By the arm's name: its interval does not depend on which others are there.
+            own = np.random.default_rng([seed, zlib.crc32(arm.encode())])
+            result[arm] += error * own.standard_t(num_seeds - 1, size=result[arm].size)
         begin += num_seeds
     return result
 

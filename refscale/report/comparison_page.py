@@ -26,6 +26,7 @@ COSTS = {
     "pairs": "pairs",
     "mean_length_difference": "mean_length_difference",
     "right_labels": "right_labels",
+    "prefers_longer": "longer_side.preferred",
     "train_s": "train_s",
     "train_gpu_s": "train_gpu_s",
     "mean_tokens": "extra.mean_tokens",
@@ -35,12 +36,13 @@ COSTS = {
 
 def lines(comparison: Mapping[str, Any]) -> list[str]:
     """The headline table, one line an arm, and the verdicts."""
-    shown = [f"{'arm':<36} {'accuracy':>20} {'sd':>6} {'against random':>22} {'train s':>9}"]
+    width = max(len(arm) for arm in ["arm", *comparison["arms"]])
+    shown = [f"{'arm':<{width}} {'accuracy':>20} {'sd':>6} {'against random':>22} {'train s':>9}"]
     for arm, measures in comparison["arms"].items():
         measure = measures[_HEADLINE]
         sd = "" if measure["seed_sd"] is None else f"{measure['seed_sd']:.3f}"
         shown.append(
-            f"{arm:<36} {_estimate(measure, signed=False):>20} {sd:>6}"
+            f"{arm:<{width}} {_estimate(measure, signed=False):>20} {sd:>6}"
             f" {_estimate(measure['against_random'], signed=True):>22}"
             f" {_number(_mean(comparison, arm, 'train_s'), ',.0f'):>9}"
         )

@@ -16,6 +16,7 @@ _WIDTH = 720.0
 _LABEL = 150.0  # room for names left of horizontal bars
 _CUTS = 8  # groups whose cuts are drawn
 _CHARACTERS = 20  # that fit there; a wide one counts twice
+_LONG_NAME = 45  # characters of "length_adjusted_margin:smallest:0.5:matched", and two more
 
 
 def bars(rows: Sequence[tuple[str, float, float | None, str]], largest: float) -> Markup:
@@ -120,12 +121,12 @@ def intervals(
     """Values with a 95 % interval, each beside a value to compare it with.
 
     Args:
-        rows: (name, other value, estimate). Names have twice the room that bars give them.
+        rows: (name, other value, estimate). Names have more than twice the room of bars.
         axis: Name of the quantity.
         bounds: Ends of the axis.
     """
     height = 24 * len(rows) + 44
-    names = [_short(name, 2 * _CHARACTERS) for name, _, _ in rows]
+    names = [_short(name, _LONG_NAME) for name, _, _ in rows]
     left = max(_LABEL, _LABEL / _CHARACTERS * max(map(_cells, names), default=0))
     frame = _Frame(bounds, (0.0, 1.0), _WIDTH, height, top=4, left=left)
     parts = frame.axes(axis, None, vertical=False)

@@ -14,6 +14,7 @@ from typing import Any
 from refscale.config import Config
 from refscale.progress import say
 from refscale.report.verdict import Values, verdict
+from refscale.selection.statistics import LARGE_LEAN, length_lean
 from refscale.storage.stages import STAGE_COMMANDS, StageFolder
 from refscale.storage.store import Store
 from refscale.training.log import LOG_FILE, read_log
@@ -214,6 +215,7 @@ def _selection(data: ReportData) -> Values | None:
         return None
     total, kept = details.get("num_pairs"), details.get("num_kept")
     correlation = (details.get("all") or {}).get("key_length_correlation")
+    lean = length_lean(details.get("all") or {}, details.get("kept") or {})
     sources = {
         name: {**counts, "share": _share(counts.get("kept"), counts.get("pairs"))}
         for name, counts in details.get("sources", {}).items()
@@ -239,6 +241,8 @@ def _selection(data: ReportData) -> Values | None:
         "groups": details.get("groups", {}),
         "cuts": {name: list(ends) for name, ends in data.cuts.items()},
         "scatter": details.get("scatter") or None,
+        "length_lean": lean,
+        "leans": lean is not None and abs(lean) > LARGE_LEAN,
         "follows_length": not details.get("match_lengths")
         and correlation is not None
         and abs(correlation) >= _LARGE_CORRELATION,

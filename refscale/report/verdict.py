@@ -49,6 +49,12 @@ def verdict(values: Values) -> list[str]:
             "The selection key follows length: its correlation with the difference in tokens is"
             f" {correlation}, so length was selected as well."
         )
+    if selection.get("leans"):
+        lean = selection["length_lean"]
+        said.append(
+            f"The kept pairs lean to a {'longer' if lean > 0 else 'shorter'} chosen side, by"
+            f" {abs(lean):.0%} of a usual difference in tokens: training may learn that instead."
+        )
     todo = list(dict.fromkeys(s["command"] for s in values["stages"] if not s["done"]))
     if todo:
         said.append(f"Not finished: {', '.join(todo)}.")

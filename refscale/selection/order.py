@@ -99,7 +99,8 @@ class SelectionSpec:
         band: Quantiles (low, high) in [0, 1], counted from the smallest value.
         per_source: Select within each source on its own.
         match_lengths: Select within each of `length_classes` on its own, of each what it has of the
-            whole: so the kept pairs have the length differences of all. Not with `threshold`.
+            whole: so the kept pairs have about the length differences of all, and a wrong label
+            that comes with a length is not found by it. Not with `threshold`.
         beta: DPO's beta, for required_loss.
         seed: For random.
     """
@@ -410,8 +411,9 @@ class Decision:
 
         spec = SelectionSpec(**{name: plain(value) for name, value in data["spec"].items()})
         groups = {}
-        for stored in data["groups"].values():
+        for name, stored in data["groups"].items():
             values = {**stored, "lower": cut(stored["lower"]), "upper": cut(stored["upper"])}
-            group = Group(*(values.pop(name) for name in Group._fields))
+            # A run from before match_lengths has the name alone.
+            group = Group(values.pop("source", name), values.pop("length_class", None))
             groups[group] = Interval(**values)
         return cls(spec, tuple(data["fit"]), groups, tuple(data["span"]))

@@ -167,12 +167,13 @@ def _shard_facts(table: pa.Table, shard: str, decision: Decision) -> Facts:
     )
 
     def nearest(distance: np.ndarray, rows: np.ndarray) -> tuple[Example, ...]:
-        first = rows[np.argsort(distance[rows], kind="stable")[: 4 * _EXAMPLES]]
-        found = [
+        ids = keys.pair_ids[rows]
+        # Ties by pair_id: each group has a pair right at its cut.
+        first = rows[np.lexsort((ids[:, 1], ids[:, 0], distance[rows]))[:_EXAMPLES]]
+        return tuple(
             Example((float(distance[i]), pair_id_hex(keys.pair_ids[i])), shard, bool(kept[i]))
             for i in first
-        ]
-        return tuple(sorted(found, key=lambda example: example.order)[:_EXAMPLES])
+        )
 
     every = np.arange(len(keys))
     values = keys.values.astype(np.float64)

@@ -15,6 +15,8 @@ from refscale.selection.order import Decision, Keys, rows_by_source
 from refscale.selection.strategies import SCORE_COLUMNS, Moments, exact_sum, length_difference
 
 _BINS = 60
+# Of a usual length difference, above which a selection is said to lean (docs/selection.md).
+LARGE_LEAN = 0.4
 
 
 @dataclass(frozen=True)
@@ -132,3 +134,19 @@ class Statistics:
                 "kept": self.bins[1].tolist(),
             },
         }
+
+
+def length_lean(everything: Mapping[str, Any], kept: Mapping[str, Any]) -> float | None:
+    """How far the kept pairs' mean length difference is from that of all, in mean differences.
+
+    Args:
+        everything: `Part.to_json` of all pairs.
+        kept: The same of the kept ones.
+
+    Returns:
+        Negative where chosen is shorter than in all pairs; None where nothing was kept.
+    """
+    if not everything.get("pairs") or not kept.get("pairs"):
+        return None
+    moved = kept["mean_length_difference"] - everything["mean_length_difference"]
+    return float(moved / max(everything["mean_abs_length_difference"], 1e-9))

@@ -59,8 +59,8 @@ def test_an_arm_is_read_into_a_selection():
     )
     assert parse_arm("random:0.3").control is None and parse_arm(FULL).fraction == 1.0
     assert parse_arm("margin:largest:0.3").folder == "margin-largest-0.3"
-    matched = parse_arm("margin:largest:.3:match_lengths")
-    assert matched == Arm("margin:largest:0.3:match_lengths", "margin", "largest", 0.3, True)
+    matched = parse_arm("margin:largest:.3:matched")
+    assert matched == Arm("margin:largest:0.3:matched", "margin", "largest", 0.3, True)
     assert matched.control == "random:0.3" and parse_arm(matched.text) == matched
 
 
@@ -68,7 +68,7 @@ def test_an_arm_is_read_into_a_selection():
     "text",
     [
         *["", "half", "margin:0.5", "margn:largest:0.5", "margin:band:0.5", "full:0.5"],
-        *["margin:largest:0.5:matched", "random:largest:0.5:match_lengths"],
+        *["margin:largest:0.5:match", "random:largest:0.5:matched"],
     ],
 )
 def test_what_is_no_arm_is_an_error_that_says_how_one_looks(text):
@@ -95,7 +95,11 @@ def test_an_arms_config_differs_in_selection_and_seed_alone():
     assert arm.model_copy(update={"select": config.select, "train": config.train}) == config
     assert arm_config(config, parse_arm("random:0.3"), seed=5).select.seed == 5
     assert not arm.select.match_lengths
-    assert arm_config(config, parse_arm("margin:largest:0.3:match_lengths"), 0).select.match_lengths
+    matched = config.model_copy(
+        update={"select": config.select.model_copy(update={"match_lengths": True})}
+    )
+    assert arm_config(matched, parse_arm("margin:largest:0.3"), 0).select.match_lengths
+    assert arm_config(config, parse_arm("margin:largest:0.3:matched"), 0).select.match_lengths
 
 
 def test_nothing_may_be_given_twice_and_a_seed_is_needed(tmp_path):
@@ -497,6 +501,34 @@ def test_seeds_that_disagree_widen_the_interval():
     assert found["wild"]["seeds"] == [0.0, pairs.mean(), 1.0]
 
 
+def test_an_interval_of_shares_stays_within_them_and_claims_no_certainty():
+    rows = np.arange(100)
+    arms = {"top": np.stack([rows >= 7, rows >= 3, rows >= 1]).astype(float)}
+    arms["all"] = np.ones((3, 100))
+    found = summary(arms)
+    assert 0.85 < found["top"]["low"] < 0.95 and found["top"]["high"] == 1.0
+    # Wilson, of 100 of 100: 1 / (1 + 1.96^2 / 100).
+    assert found["all"]["high"] == 1.0 and found["all"]["low"] == pytest.approx(0.963, abs=5e-4)
+    assert summary({"top": arms["top"] * 20})["top"]["high"] > 20
+
+
+def test_an_interval_depends_neither_on_the_other_arms_nor_much_on_the_draw():
+    rng = np.random.default_rng(4)
+    pairs = rng.random(120)
+    arms = {name: (pairs < rng.normal(0.6, 0.05, (3, 1))).astype(float) for name in "abcd"}
+    controls = {"a": "b"}
+    few = summary({name: arms[name] for name in "ba"}, controls)["a"]
+    many = summary(arms, controls)["a"]
+    assert few == many
+    ends = []
+    for seed in range(8):
+        values = {"m": {name: arms[name] for name in "ab"}}
+        at = summarise(values, controls, np.arange(120), full="full", seed=seed)["a"]["m"]
+        ends.append(at["against_random"]["high"])
+    # With 2,000 draws of Student's t for 3 seeds it is twice that.
+    assert np.std(ends) < 0.03 * (ends[0] - few["against_random"]["value"])
+
+
 @pytest.mark.parametrize("num_seeds", [3, 5])
 def test_an_interval_of_the_difference_covers_the_truth_at_its_rate(num_seeds):
     # 200 experiments of 60 pairs whose true difference is 0.1, mostly hidden by the trainings.
@@ -571,6 +603,8 @@ def comparison():
     run = {
         "pairs": 100,
         "mean_length_difference": -1.5,
+        "length_lean": -0.3,
+        "longer_side": {"n": 90, "chosen": 0.5, "preferred": 0.31},
         "right_labels": 0.9,
         "train_s": 10.0,
         "train_gpu_s": 0.0,
@@ -609,10 +643,10 @@ def test_the_page_shows_every_arm_and_escapes_what_it_is_given():
     assert "<script>" not in page and "&lt;script&gt;" in page
     assert page.count("<svg") == len(MEASURES)
     assert all(page.count(arm) >= len(MEASURES) for arm in values["arms"])
-    assert "90.0 %" in page and "-1.5" in page
+    assert "90.0 %" in page and "-1.5" in page and "31 %" in page
     for runs in values["runs"].values():
         for run in runs.values():
-            run["right_labels"] = None
+            run["right_labels"] = run["longer_side"] = None
     assert "nan" not in render_html(values)
 
 
@@ -621,10 +655,10 @@ def test_plots_tell_arms_apart_that_begin_alike():
     page = render_html(values)
     for arm in values["arms"]:
         assert f">{arm}</text>" in page
-    whole = "length_adjusted_margin:largest:0.5"
+    whole = "length_adjusted_margin:smallest:0.25:matched"
     at = {"value": 0.5, "low": 0.4, "high": 0.6}
     drawn = plots.intervals([(whole, 0.5, at), ("x" * 99, 0.5, at)], "accuracy", (0, 1))
-    assert f">{whole}</text>" in drawn and "x" * 40 not in drawn
+    assert f">{whole}</text>" in drawn and "x" * 50 not in drawn
 
 
 def test_completions_and_win_rate_are_shown_where_they_were_measured():

@@ -3,7 +3,7 @@ import json
 import pytest
 import yaml
 
-from refscale.config import Config, dump_config, parse_config
+from refscale.config import Config, SelectConfig, dump_config, parse_config
 from refscale.config_file import load_config
 from refscale.errors import ConfigError
 
@@ -145,3 +145,9 @@ def test_hub_id_that_is_no_folder_stays_as_it_is(write):
 def test_every_field_of_the_schema_that_is_not_self_evident_is_described():
     schema = json.dumps(Config.model_json_schema())
     assert '"additionalProperties": false' in schema
+
+
+def test_a_selection_that_matches_no_lengths_has_the_fingerprint_it_had_before():
+    plain, matched = SelectConfig(), SelectConfig(match_lengths=True)
+    assert "match_lengths" not in plain.deciding_options()
+    assert {**plain.deciding_options(), "match_lengths": True} == matched.deciding_options()

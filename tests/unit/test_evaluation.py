@@ -434,3 +434,21 @@ def test_importing_evaluation_imports_neither_torch_nor_ray() -> None:
         " 'evaluation must stay light'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_policy_that_learned_length_is_told():
+    # Chosen is the longer side of two in three; the policy likes the shorter side of every pair.
+    shorter_chosen = ("s", -4.0, -4.0, -3.0, -5.0, 2, 4)
+    longer_chosen = ("s", -4.0, -4.0, -5.0, -3.0, 4, 2)
+    equal = ("s", -4.0, -4.0, -3.0, -5.0, 3, 3)
+    rows = table([shorter_chosen, longer_chosen, longer_chosen, equal])
+    facts = evaluate_pairs(rows, beta=0.1)
+    assert facts["overall"]["longer_side"] == {"n": 3, "chosen": 2 / 3, "preferred": 0.0}
+    shown = dict(summary.evaluation_lines({"unscorable": {}, **facts}))
+    assert "longer side in 0% of 3 pairs, chosen is it in 67%" in shown["careful"]
+
+    right = table([("s", -4.0, -4.0, -3.0, -5.0, *sides) for sides in ((2, 4), (4, 2), (4, 2))])
+    facts = evaluate_pairs(right, beta=0.1)
+    assert facts["overall"]["longer_side"]["preferred"] == 2 / 3
+    assert "careful" not in dict(summary.evaluation_lines({"unscorable": {}, **facts}))
+    assert evaluate_pairs(table([equal]), beta=0.1)["overall"]["longer_side"] is None

@@ -194,7 +194,12 @@ def _score_records(rows):
 
 @pytest.mark.parametrize(("kept", "said"), [(1.9, None), (-2.8, "by 55% of"), (2.4, "by 49% of")])
 def test_a_selection_that_leans_to_one_length_is_said(kept, said):
-    common = {"mean_key": 0.5, "mean_abs_length_difference": 5.0, "key_length_correlation": None}
+    common = {
+        "pairs": 9,
+        "mean_key": 0.5,
+        "mean_abs_length_difference": 5.0,
+        "key_length_correlation": None,
+    }
     facts = {
         "all": {**common, "mean_length_difference": -0.05},
         "kept": {**common, "mean_length_difference": kept},
@@ -573,14 +578,29 @@ def test_the_cuts_of_sources_are_told_in_the_table(tmp_path):
 
 def test_matched_lengths_are_said_and_no_cut_is_drawn(tmp_path):
     data = make_run(tmp_path, "select", select={"match_lengths": True}).data()
-    assert not data.cuts
+    plain = make_run(tmp_path / "plain", "select").data()
+    drawn = [render_html(each).partition("histogram of")[2] for each in (data, plain)]
+    lines = [each.partition("</svg>")[0].count('class="c"') for each in drawn]
+    assert lines == [0, 1] and not data.cuts
     details = data.manifests["selection"]["details"]
     details["all"]["key_length_correlation"] = -0.9
     page = render_html(data)
-    assert page.count("lengths matched") == 2 and ">cut " not in page
+    assert page.count("lengths matched") == 2
     assert "follows length" not in page
     by = dict(summary.selection_lines(details))["by"]
     assert by == "mean_margin, largest, fraction 0.5, lengths matched"
+
+
+def test_a_selection_that_leans_to_one_length_is_said_in_the_report(tmp_path):
+    data = make_run(tmp_path, "select").data()
+    details = data.manifests["selection"]["details"]
+    details["all"].update(mean_length_difference=1.0, mean_abs_length_difference=4.0)
+    said = []
+    for kept in (-0.5, -1.5):
+        details["kept"]["mean_length_difference"] = kept
+        said.append("The kept pairs lean to a shorter chosen side, by" in render_html(data))
+        assert report_json(data)["selection"]["length_lean"] == (kept - 1) / 4
+    assert said == [False, True]  # three eighths and five eighths of a usual difference
 
 
 def test_credentials_of_the_config_are_not_shown(finished):

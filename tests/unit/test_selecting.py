@@ -11,7 +11,7 @@ from refscale import schema
 from refscale.config import SelectConfig
 from refscale.errors import ConfigError, SchemaError, SelectionError
 from refscale.selection import passes
-from refscale.selection.order import Group, keys_of
+from refscale.selection.order import Group, keys_of, train_rows
 from refscale.selection.radix import decide
 from refscale.storage.stages import FileRecord, StageFolder
 from refscale.storage.store import Store
@@ -154,6 +154,21 @@ def test_per_source_keeps_the_share_of_each_source(tmp_path):
     found = passes.facts(scores, decision)(names)
     facts = passes.describe(corpus, scores, decision, found)
     assert facts["sources"] == {"even": {"pairs": 80, "kept": 40}, "odd": {"pairs": 80, "kept": 40}}
+
+
+def test_examples_do_not_depend_on_the_order_of_the_rows(tmp_path):
+    found = []
+    for name, order in (("a", 1), ("b", -1)):
+        _, scores, names, _ = make_run(tmp_path / name, 4000, 4000)
+        table = scores.read_table(f"{names[0]}.parquet")
+        turned = table.take(np.arange(table.num_rows)[::order])
+        config = SelectConfig(fraction=0.5, match_lengths=True, per_source=True)
+        decision = decide_here(scores, names, config)
+        # Every class has a kept pair right at its cut: more ties than there are examples.
+        assert len(decision.groups) > 16
+        facts = passes._shard_facts(train_rows(turned), names[0], decision)
+        found.append(facts.examples)
+    assert found[0] == found[1]
 
 
 def test_matched_lengths_keep_what_the_corpus_has_of_each(tmp_path):

@@ -325,6 +325,16 @@ def test_matched_lengths_keep_the_share_of_each_length_difference():
     assert differences[plain].mean() > 12 > 3 > differences[kept].mean()
 
 
+def test_a_decision_of_a_run_from_before_lengths_could_be_matched_is_read():
+    spec = SelectionSpec(fraction=0.5, per_source=True)
+    decision = decide(lambda: iter([random_keys(np.arange(20), sources=2)]), spec)
+    stored = json.loads(json.dumps(decision.to_json()))
+    del stored["spec"]["match_lengths"]
+    for group in stored["groups"].values():
+        del group["source"], group["length_class"]
+    assert Decision.from_json(stored) == decision
+
+
 def test_length_classes_double_and_groups_name_them():
     differences = np.array([0, 1, 2, 3, 4, 7, 8, -1, -2, -1024, 2**24 - 1])
     assert length_classes(differences).tolist() == [0, 1, 2, 2, 3, 3, 4, -1, -2, -11, 24]
