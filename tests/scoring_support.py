@@ -25,6 +25,15 @@ COMMON = {
     "pad_token_id": None,
 }
 LAYERS = ["sliding_attention", "full_attention"]
+PER_LAYER = {
+    "head_dim": 8,
+    "sliding_window": 5,
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "layer_types": LAYERS * 2,
+    "vocab_size_per_layer_input": VOCAB,
+    "hidden_size_per_layer_input": 8,
+}
 
 
 def family(name, **more):
@@ -50,6 +59,23 @@ PACKED = {
         query_pre_attn_scalar=10,
     ),
     "gemma3": family("Gemma3", head_dim=8, sliding_window=5, layer_types=LAYERS),
+    # Per-layer embeddings, keys and values that later layers share, heads of two sizes.
+    "gemma3n": family("Gemma3n", **PER_LAYER, intermediate_size=[48, 48, 64, 64], laurel_rank=8),
+    "gemma4": family("Gemma4", **PER_LAYER, global_head_dim=16, final_logit_softcapping=3.0),
+    "gemma4-moe": family(
+        "Gemma4",
+        head_dim=8,
+        sliding_window=5,
+        layer_types=LAYERS,
+        global_head_dim=16,
+        num_global_key_value_heads=1,
+        attention_k_eq_v=True,
+        hidden_size_per_layer_input=0,
+        enable_moe_block=True,
+        num_experts=4,
+        top_k_experts=2,
+        moe_intermediate_size=24,
+    ),
     "phi3": family("Phi3", sliding_window=7),
     "gpt2": (
         "GPT2",

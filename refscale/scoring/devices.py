@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from refscale.scoring.sizes import widest
+
 # Tokens of a forward pass. CPU: what the weights' reordering for bf16 products is spread over
 # (4,096 were 6 % faster than 2,048 on SmolLM2-135M; in fp32 they are equal). CUDA: enough rows to
 # saturate the matrix units, bounded by free memory.
@@ -75,9 +77,9 @@ def default_budget(config: Any, dtype: torch.dtype, device: torch.device) -> int
         return _BUDGET_CPU
     free, _total = torch.cuda.mem_get_info(device)
     # Activations alive in one layer, in elements: residuals, q, k, v, gate, up and their product.
-    intermediate = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    width = 12 * config.hidden_size + 3 * intermediate
-    tokens = int(0.5 * free / (width * dtype.itemsize))
+    hidden, intermediate = widest(config)
+    width = 12 * hidden + 3 * intermediate
+    tokens = int(0.5 * free / (max(width, 1) * dtype.itemsize))
     low, high = _BUDGET_CUDA
     return max(low, min(high, tokens))
 

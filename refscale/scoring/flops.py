@@ -1,12 +1,15 @@
 """Operation counts of a forward pass, from the model's weights and config. No tensors are computed.
 
 The formula that TRL's MFU uses too, with the output head apart, because only rows that predict a
-completion token go through it.
+completion token go through it. An estimate where a config does not say all: a count stops nothing.
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
+
+from refscale.scoring.sizes import layer_sizes
 
 
 @dataclass(frozen=True)
@@ -14,9 +17,11 @@ class Flops:
     """Floating point operations, a multiplication and an addition counted apart.
 
     Attributes:
-        per_token: 2 per backbone weight; of a mixture's experts, as many as are used.
+        per_token: 2 per backbone weight that is no embedding; of a mixture's experts, as many as
+            are used.
         per_head_row: 2 V D.
-        per_context: 4 x layers x heads x head size, for each pair of a query and a key it sees.
+        per_context: 4 x heads x head size of all layers, for each pair of a query and a key it
+            sees.
     """
 
     per_token: float
@@ -27,23 +32,25 @@ class Flops:
     def of(cls, model: Any) -> "Flops":
         """Of a transformers causal LM; its weights may be on the meta device."""
         config = model.config.get_text_config()
-        experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-        used = getattr(config, "num_experts_per_tok", None)
-        share = used / experts if experts and used else 1.0
-        embeddings = {id(p) for p in model.get_input_embeddings().parameters()}
-        head = model.get_output_embeddings()
-        embeddings |= {id(p) for p in head.parameters()} if head is not None else set()
+        layers = layer_sizes(config)
+        experts = {layer.experts for layer in layers} - {0}
+        routed = [layer for layer in layers if layer.experts and layer.experts_used]
+        share = 1.0
+        if routed:
+            share = sum(x.experts_used for x in routed) / sum(x.experts for x in routed)
+        # Tables are looked up, not multiplied: Gemma 3n and 4 have one for each layer.
+        tables = [m for m in model.modules() if hasattr(m, "num_embeddings")]
+        apart = {model.get_input_embeddings(), model.get_output_embeddings(), *tables} - {None}
+        uncounted = {id(p) for module in apart for p in module.parameters()}
         weights = sum(
             num_weights(p) * (share if _is_experts(name, p, experts) else 1.0)
             for name, p in model.named_parameters()
-            if id(p) not in embeddings and len(_shape(p)) > 1
+            if id(p) not in uncounted and len(_shape(p)) > 1
         )
-        heads = getattr(config, "num_attention_heads", None) or 0
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
         return cls(
             per_token=2.0 * weights,
-            per_head_row=2.0 * config.vocab_size * config.hidden_size,
-            per_context=4.0 * config.num_hidden_layers * heads * head_dim,
+            per_head_row=2.0 * config.vocab_size * max(layer.hidden for layer in layers),
+            per_context=4.0 * sum(layer.heads * layer.head_dim for layer in layers),
         )
 
     def total(self, tokens: int, head_rows: int, context: float) -> float:
@@ -63,7 +70,7 @@ def _shape(parameter: Any) -> tuple[int, ...]:
     return tuple(whole)
 
 
-def _is_experts(name: str, parameter: Any, experts: int | None) -> bool:
+def _is_experts(name: str, parameter: Any, experts: Collection[int]) -> bool:
     """Whether these weights are of experts of which a token takes some; shared ones are not."""
     shape = _shape(parameter)
-    return ".experts." in name or (len(shape) == 3 and shape[0] == experts)
+    return ".experts." in name or (len(shape) == 3 and shape[0] in experts)

@@ -80,9 +80,10 @@ class ModelShape:
         flops_per_head_row: Of the output head, forward.
         flops_per_context: Per attended key, forward.
         hidden_size: D.
-        intermediate_size: Of the MLP.
+        intermediate_size: Of the widest layer's MLP.
         num_layers: L.
-        attention_width: Elements of queries, keys, values and attention output of a token.
+        attention_width: Elements of queries, keys, values and attention output of a token, in the
+            widest layer.
         vocab_size: V.
     """
 
@@ -120,6 +121,7 @@ def model_shape(config: Config) -> ModelShape:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from refscale.scoring.flops import Flops
+    from refscale.scoring.sizes import layer_sizes, widest
     from refscale.training.presets import peft_config
 
     name = config.model.model_name_or_path
@@ -142,19 +144,18 @@ def model_shape(config: Config) -> ModelShape:
         adapted = get_peft_model(model, adapter)
         trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     text = loaded.get_text_config()
-    heads = getattr(text, "num_attention_heads", 1)
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    layers = layer_sizes(text)
+    hidden, intermediate = widest(text)
     return ModelShape(
         parameters=parameters,
         trainable=trainable,
         flops_per_token=flops.per_token,
         flops_per_head_row=flops.per_head_row,
         flops_per_context=flops.per_context,
-        hidden_size=text.hidden_size,
-        intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-        num_layers=text.num_hidden_layers,
-        attention_width=2 * head_dim * (heads + kv_heads),
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_layers=len(layers),
+        attention_width=max(s.attention_width for s in layers),
         vocab_size=text.vocab_size,
     )
 

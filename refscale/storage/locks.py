@@ -1,9 +1,10 @@
 """One driver a run folder: the lock that keeps a second one out.
 
-LOCK.json in the run folder names the driver's host and process and is renewed by a thread. A lock
-is taken over at once when its process is gone from this host, and else when it has not been renewed
-for LOCK_WATCHED_S while we watched: clocks of two hosts are not compared. What it costs: a small
-read and write every LOCK_RENEWED_S seconds, and that wait after a driver died on another host.
+LOCK.json in the run folder names the driver's process and machine, since when that was started, and
+is renewed by a thread. A lock is taken over at once when its process is gone from this machine, and
+else when it has not been renewed for LOCK_WATCHED_S while we watched: clocks of two hosts are not
+compared. What it costs: a small read and write every LOCK_RENEWED_S seconds, and that wait after a
+driver died on another host or with its host.
 """
 
 import json
@@ -47,8 +48,7 @@ class RunLock:
     def _content(self) -> bytes:
         me = {
             "token": self._token,
-            "host": socket.gethostname(),
-            "namespace": _pid_namespace(),
+            **_machine(),
             "pid": os.getpid(),
             "started": _process_start(os.getpid()),
             "renewed": time.time(),
@@ -88,7 +88,9 @@ class RunLock:
         return holder is not None and holder["token"] == self._token
 
     def _is_alive(self, holder: Mapping[str, Any]) -> bool:
-        if (holder["host"], holder["namespace"]) == (socket.gethostname(), _pid_namespace()):
+        machine = _machine()
+        # A lock that an older refscale wrote names no boot.
+        if {name: holder.get(name, "") for name in machine} == machine:
             return _process_start(holder["pid"]) == holder["started"] is not None
         say(f"lock      held by {holder['host']}: seeing whether it is alive")
         deadline = time.monotonic() + LOCK_WATCHED_S
@@ -128,10 +130,23 @@ class RunLock:
                 raise
 
 
-def _pid_namespace() -> str:
-    """Whose process ids these are: containers may share a host's name."""
+def _machine() -> dict[str, str]:
+    """Whose process ids these are.
+
+    Containers may share a host's name, and cloned virtual machines the namespace of their processes
+    too: a kernel's first has the same number on all of them.
+    """
     try:
-        return os.readlink("/proc/self/ns/pid")
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = ""
+    return {"host": socket.gethostname(), "namespace": namespace, "boot": _boot()}
+
+
+def _boot() -> str:
+    """The running kernel's id, drawn when it was started; empty where there is none."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return ""
 

@@ -209,7 +209,8 @@ class StageFolder:
 
         Raises:
             FingerprintError: The folder holds work with another fingerprint; names the field.
-            StorageError: The folder holds files that are not of this stage.
+            StorageError: The folder holds files that are not of this stage, or one of its files is
+                there and cannot be read.
         """
         stage_file = self.file(STAGE_FILE)
         self.spent_s = 0.0
@@ -317,12 +318,17 @@ class StageFolder:
         ]
 
     def finished_shards(self) -> dict[str, FileRecord]:
-        """Records of the shards that are done and undamaged, by shard name."""
+        """Records of the shards that are done and undamaged, by shard name.
+
+        Raises:
+            StorageError: A file is there and cannot be read: it may be whole.
+        """
 
         def verified(name: str) -> tuple[str, FileRecord] | None:
+            text = self.store.read_bytes(name)
             try:
-                record = FileRecord.from_dict(self.store.read_json(name))
-            except StorageError:
+                record = FileRecord.from_dict(json.loads(text))
+            except (ValueError, StorageError):
                 return None
             return None if self._is_damaged(record) else (PurePosixPath(name).stem, record)
 
@@ -414,26 +420,39 @@ class StageFolder:
         ]
 
     def damaged(self, manifest: Mapping[str, Any]) -> list[str]:
-        """Names of the manifest's files that are missing or differ from their record."""
+        """Names of the manifest's files that are missing or differ from their record.
+
+        Raises:
+            StorageError: One is there and cannot be read: it may be whole.
+        """
         records = [FileRecord.from_dict(record) for record in manifest["files"]]
         with ThreadPoolExecutor(8) as pool:
             flags = pool.map(self._is_damaged, records)
             return [record.name for record, bad in zip(records, flags, strict=True) if bad]
 
     def _is_damaged(self, record: FileRecord) -> bool:
+        """Whether it is missing or differs; a store that cannot be read says nothing of it."""
         if self.store.size(self.file(record.name)) != record.bytes:
             return True
         try:
             return self._sha256(record.name) != record.sha256
-        except (StorageError, OSError):
-            return True
+        except StorageError as exc:
+            raise StorageError(
+                f"{exc}; nothing was deleted: run the same command again, and if it cannot be read"
+                " then either, delete that file to have it redone"
+            ) from exc
 
     def _sha256(self, name: str) -> str:
-        hasher = hashlib.sha256()
-        with self.store.open_input(self.file(name)) as file:
-            while block := file.read(1 << 24):
-                hasher.update(block)
-        return hasher.hexdigest()
+        path = self.file(name)
+
+        def read() -> str:
+            hasher = hashlib.sha256()
+            with self.store.open_input(path) as file:
+                while block := file.read(1 << 24):
+                    hasher.update(block)
+            return hasher.hexdigest()
+
+        return self.store.attempt(f"read {path}", read)
 
 
 def _parquet(table: pa.Table) -> bytes:

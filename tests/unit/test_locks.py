@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +29,7 @@ def holder(**changes):
         "token": "other",
         "host": "elsewhere",
         "namespace": os.readlink("/proc/self/ns/pid"),
+        "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
         "pid": 1,
         "started": "1",
         "renewed": time.time(),
@@ -105,6 +107,32 @@ def test_same_host_name_in_another_container_is_another_host(tmp_path):
     started = time.monotonic()
     with RunLock(Store(tmp_path)):
         assert time.monotonic() - started >= 0.4
+
+
+def test_a_clone_of_a_machine_is_another_machine(tmp_path):
+    # Its first processes are in a namespace of the same number; pid 1 did not start at tick 1.
+    other = holder(host=socket.gethostname(), boot="of the clone")
+    (tmp_path / LOCK).write_text(json.dumps(other))
+    started = time.monotonic()
+    with RunLock(Store(tmp_path)):
+        assert time.monotonic() - started >= 0.4
+
+
+def test_a_lock_without_a_boot_is_watched(tmp_path):
+    older = holder(host=socket.gethostname())
+    del older["boot"]
+    (tmp_path / LOCK).write_text(json.dumps(older))
+    started = time.monotonic()
+    with RunLock(Store(tmp_path)):
+        assert time.monotonic() - started >= 0.4
+
+
+def test_lock_of_this_machine_is_taken_over_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "LOCK_WATCHED_S", 60.0)
+    (tmp_path / LOCK).write_text(json.dumps(holder(host=socket.gethostname())))
+    started = time.monotonic()
+    with RunLock(Store(tmp_path)):
+        assert time.monotonic() - started < 30
 
 
 def test_lock_is_renewed(tmp_path):

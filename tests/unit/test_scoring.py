@@ -4,13 +4,16 @@ import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from refscale import schema
+from refscale import pipeline, schema
+from refscale.config_file import parse_config
 from refscale.errors import ModelError, ScoringError
+from refscale.run import Run
 from refscale.scoring import devices, shard_scoring
 from refscale.scoring.reference import EncodedPairs
 from refscale.scoring.shard_scoring import (
@@ -213,6 +216,39 @@ def test_a_score_that_is_not_finite_is_never_published(run, scorer):
     with pytest.raises(ScoringError, match=pair_id(5).hex()):
         publish_scores(run["scores"])({**item, "scores": table_to_bytes(bad)})
     assert run["scores"].finished_shards() == {}
+
+
+@pytest.mark.parametrize(("done", "threads"), [(0, 2), (3, 4), (4, 8)])
+def test_the_cores_are_shared_among_the_replicas_that_have_a_shard(
+    tmp_path, settings, monkeypatch, done, threads
+):
+    config = parse_config(
+        {
+            "model": {"model_name_or_path": "m"},
+            "corpus": {"sources": [{"path": "a.jsonl"}]},
+            "ray": {"replicas": 4, "gpus_per_replica": 0},
+        }
+    )
+    run = Run(Store(tmp_path), config)
+    monkeypatch.setattr(
+        Run, "cluster", SimpleNamespace(embedded=True, physical_cores=8, cpus=8, gpus=0)
+    )
+    shards = {f"shard-{i}": 1 for i in range(5)}
+    folder = run.folder("scores")
+    folder.begin({})
+    counts = {"pairs": 1}
+    for name in list(shards)[:done]:
+        folder.commit_shard(name, pa.table({"x": [1]}), counts=counts)
+    found = []
+
+    def on_ray(_run, todo, steps):
+        found.append((len(todo), steps[1].options["settings"].num_threads))
+        return []
+
+    monkeypatch.setattr(pipeline, "_on_ray", on_ray)
+    pipeline._score_shards(run, "score", settings, shards, folder, None, None)
+    # 8 cores, and at most 4 replicas.
+    assert found == [(5 - done, threads)]
 
 
 def test_policy_is_a_plain_model_of_its_own(settings):

@@ -1,8 +1,11 @@
 """Stage folders: fingerprints, shards, manifests, the claim."""
 
+import io
 import os
 import pickle
 import re
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
@@ -10,6 +13,7 @@ import typer
 
 from refscale import cli
 from refscale.errors import FingerprintError, StorageError
+from refscale.storage import store as storage
 from refscale.storage.stages import StageFolder
 from refscale.storage.store import Store
 
@@ -104,6 +108,73 @@ def test_damaged_shard_is_found_and_alone_redone(folder, damage):
         open(path, "wb").write(data if damage == "flip" else data[:-1])
     assert not folder.begin({"model": "a"})
     assert sorted(folder.finished_shards()) == ["shard-0", "shard-2"]
+
+
+@pytest.fixture
+def remote(tmp_path, monkeypatch):
+    """A finished stage on a store that is not local, and how to make its files fail when read."""
+    monkeypatch.setattr(storage, "RETRY_PAUSES_S", (0.0, 0.0))
+    folder = StageFolder(Store(f"memory://{tmp_path.name}/run"), "scores")
+    finished(folder)
+    failures = []
+
+    def open_input(store, relative):
+        stream = io.BytesIO(store.read_bytes(relative))
+
+        def read(size):
+            if failures:
+                raise OSError(failures.pop())
+            return stream.read(size)
+
+        return nullcontext(SimpleNamespace(read=read))
+
+    monkeypatch.setattr(Store, "open_input", open_input)
+    return folder, failures
+
+
+def test_a_passing_failure_to_read_back_a_finished_stage_costs_nothing(remote):
+    folder, failures = remote
+    whole = folder.manifest()["files"][1]["sha256"]
+    for look in (
+        lambda: folder.begin({"model": "a"}),
+        lambda: len(folder.finished_shards()) == 3,
+        lambda: folder.adopt(["shard-1.parquet"])[0].sha256 == whole,
+    ):
+        failures[:] = ["AWS Error SLOW_DOWN during GetObject operation: m"] * 2
+        assert look() and not failures
+
+
+@pytest.mark.parametrize("message", ["AWS Error ACCESS_DENIED", "AWS Error SLOW_DOWN"])
+def test_what_cannot_be_read_back_is_not_taken_for_damaged(remote, message):
+    folder, failures = remote
+    failures[:] = [message] * 1000
+    for look in (
+        lambda: folder.begin({"model": "a"}),
+        folder.finished_shards,
+        lambda: folder.damaged(folder.manifest()),
+    ):
+        with pytest.raises(StorageError, match=r"shard-\d\.parquet.*nothing was deleted"):
+            look()
+    with pytest.raises(StorageError, match=r"cannot read scores/shard-1\.parquet"):
+        folder.adopt(["shard-1.parquet"])
+    failures.clear()
+    assert folder.begin({"model": "a"}) and len(folder.finished_shards()) == 3
+
+
+def test_a_record_that_cannot_be_read_is_not_taken_for_damaged(remote, monkeypatch):
+    folder, _failures = remote
+    folder.store.write_bytes("scores/shard-2.json", b"{")
+    assert sorted(folder.finished_shards()) == ["shard-0", "shard-1"]
+    read = Store.read_bytes
+
+    def denied(store, relative):
+        if relative == "scores/shard-1.json":
+            raise StorageError("cannot read it: AWS Error ACCESS_DENIED")
+        return read(store, relative)
+
+    monkeypatch.setattr(Store, "read_bytes", denied)
+    with pytest.raises(StorageError, match="ACCESS_DENIED"):
+        folder.finished_shards()
 
 
 def test_data_without_its_record_is_not_a_finished_shard(folder):
