@@ -276,7 +276,8 @@ class TrainConfig(Section):
 
     num_workers: int = Field(1, gt=0, description="Ray Train workers (data-parallel ranks).")
     deepspeed: Preset | dict[str, Any] | None = Field(
-        "zero2", description="A preset, a DeepSpeed config, or null for plain DDP."
+        "zero2",
+        description="A preset, a DeepSpeed config or the path of one, or null for plain DDP.",
     )
     beta: float = Field(0.1, gt=0, description="DPO's beta.")
     loss_type: str = Field("sigmoid", description="A TRL loss that takes summed log-probs.")

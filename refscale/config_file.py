@@ -4,6 +4,7 @@ In: a path, `section.key=value` words. Out: a Config, or one ConfigError that na
 Order of precedence: defaults, then the YAML file, then the words.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ def load_config(path: str, overrides: list[str] | None = None) -> Config:
     """Read a YAML config and apply `section.key=value` overrides, whose values are YAML.
 
     Local source and model paths are made absolute: relative ones are relative to the config file.
+    A path of a DeepSpeed config (train.deepspeed) is replaced by what the file holds.
 
     Raises:
         ConfigError: The file cannot be read or parsed, a key is unknown (the nearest is named) or
@@ -72,8 +74,10 @@ def load_config(path: str, overrides: list[str] | None = None) -> Config:
         raise ConfigError(f"{path} must be a mapping of sections, got {type(data).__name__}")
     for override in overrides or []:
         _apply_override(data, override)
+    base = Path(path).resolve().parent
+    _read_deepspeed(data, base)
     config = parse_config(data, path)
-    return _absolute_paths(config, Path(path).resolve().parent)
+    return _absolute_paths(config, base)
 
 
 def explain_model_name(model_name_or_path: str, error: str) -> str:
@@ -132,15 +136,38 @@ def _item(items: list[Any], part: str, key: str) -> Any:
     return items[int(part)]
 
 
+def _read_deepspeed(data: dict[str, Any], base: Path) -> None:
+    """Put a DeepSpeed config that is named by its path into the section train itself."""
+    train = data.get("train")
+    if not isinstance(train, dict):
+        return
+    name = train.get("deepspeed")
+    if not isinstance(name, str) or not (name.endswith(".json") or "/" in name):
+        return  # a preset, or what the config refuses
+    path = _absolute(name, base)
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
+        raise ConfigError(
+            f"train.deepspeed: {path} cannot be read as JSON: {exc}; give a preset such as zero2,"
+            " or the path of a DeepSpeed config, relative to this config"
+        ) from exc
+    if not isinstance(found, dict):
+        raise ConfigError(
+            f"train.deepspeed: {path} must hold a JSON object, got {type(found).__name__}"
+        )
+    data["train"] = {**train, "deepspeed": found}
+
+
+def _absolute(path: str, base: Path) -> str:
+    if "://" in path or Path(path).is_absolute():
+        return path
+    return str(Path(path).expanduser() if path.startswith("~") else base / path)
+
+
 def _absolute_paths(config: Config, base: Path) -> Config:
     def absolute(path: str) -> str:
-        if "://" in path or Path(path).is_absolute():
-            return path
-        return (
-            str(base / Path(path).expanduser())
-            if not path.startswith("~")
-            else str(Path(path).expanduser())
-        )
+        return _absolute(path, base)
 
     sources = [
         source.model_copy(update={"path": absolute(source.path)}) if source.path else source

@@ -5,7 +5,7 @@ what differs. A stage compares its own folder with its own settings; this is for
 it shares with others, such as the commit of a model on the hub.
 """
 
-import contextlib
+import hashlib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -13,22 +13,45 @@ from typing import Any
 from refscale.config import Config, ModelConfig
 from refscale.corpus.encoding import EncoderSettings, tokenizer_fingerprint
 from refscale.errors import FingerprintError, StorageError
+from refscale.progress import say
 from refscale.storage.fingerprints import (
     first_difference,
     hub_commit,
+    is_commit,
     model_fingerprint,
     pinned_revision,
     split_revision,
 )
-from refscale.storage.stages import STAGE_COMMANDS, STAGE_PARENTS
+from refscale.storage.stages import STAGE_COMMANDS, STAGE_FILE, STAGE_PARENTS, StageFolder
+
+
+def fingerprint_before(folder: StageFolder) -> dict[str, Any] | None:
+    """That of the work that is in a stage's folder, finished or not; None where there is none."""
+    name = folder.file(STAGE_FILE)
+    return folder.store.read_json(name).get("fingerprint") if folder.store.exists(name) else None
+
+
+def finished_before(folder: StageFolder) -> dict[str, Any] | None:
+    """The manifest of a finished stage; None also where it is damaged, which `begin` settles."""
+    try:
+        return folder.manifest()
+    except StorageError:
+        return None
 
 
 def weights_of(model: ModelConfig) -> dict[str, Any]:
     """What identifies the reference model."""
     return {
-        "model": model_fingerprint(model.model_name_or_path, model.revision),
-        "adapter": model.adapter and model_fingerprint(model.adapter, None),
+        "model": _identified(model.model_name_or_path, model.revision),
+        "adapter": model.adapter and _identified(*split_revision(model.adapter)),
     }
+
+
+def _identified(name: str, revision: str | None) -> dict[str, str]:
+    """`model_fingerprint`, but a commit is not asked for: whoever pinned it has seen to that."""
+    if not os.path.isdir(name) and revision is not None and is_commit(revision):
+        return {"commit": revision}
+    return model_fingerprint(name, revision)
 
 
 def pinned_model(model: ModelConfig, before: Mapping[str, Any] | None = None) -> ModelConfig:
@@ -46,20 +69,62 @@ def pinned_model(model: ModelConfig, before: Mapping[str, Any] | None = None) ->
         StorageError: A hub id cannot be resolved.
     """
     before, name = before or {}, model.model_name_or_path
-    pins: dict[str, Any] = {"revision": _pinned(name, model.revision, before.get("model"))}
+    pins: dict[str, Any] = {"revision": pinned(name, model.revision, before.get("model"))}
     if model.adapter is not None:
         adapter, revision = split_revision(model.adapter)
-        commit = _pinned(adapter, revision, before.get("adapter"))
+        commit = pinned(adapter, revision, before.get("adapter"))
         pins["adapter"] = adapter if commit is None else f"{adapter}@{commit}"
     return model.model_copy(update=pins)
 
 
-def _pinned(name: str, revision: str | None, before: Mapping[str, str] | None) -> str | None:
-    if revision is None and before and "commit" in before and not os.path.isdir(name):
-        # Not there: it was another model, and who compares the two will say so.
-        with contextlib.suppress(StorageError):
-            return hub_commit(name, before["commit"])
+def pinned(name: str, revision: str | None, before: Mapping[str, str] | None) -> str | None:
+    """The revision that all load: what `before` has, unless the config names another.
+
+    Args:
+        name: Folder or hub id of a model.
+        revision: As the config has it; None for none.
+        before: Fingerprint of the model, or of its tokenizer, in an earlier stage or command.
+
+    Raises:
+        StorageError: A hub id cannot be resolved.
+    """
+    commit = (before or {}).get("commit")
+    if commit is not None and revision in (None, commit) and not os.path.isdir(name):
+        try:
+            return hub_commit(name, commit)
+        except StorageError as exc:
+            if not _is_not_there(exc):
+                say(f"hub       {name} stays at commit {commit}: {exc}")
+                return commit
+        # It was another model, and who compares the two will say so.
     return pinned_revision(name, revision)
+
+
+def _is_not_there(error: StorageError) -> bool:
+    """Whether the hub answered that it has no such model or commit, and not that it is down."""
+    from huggingface_hub.errors import (
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    absent = (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError)
+    return isinstance(error.__cause__, absent)
+
+
+def tokenizer_of(settings: EncoderSettings) -> dict[str, str]:
+    """`tokenizer_fingerprint`, but a commit is not asked for, as in `weights_of`.
+
+    Raises:
+        ModelError: Neither a folder nor a resolvable hub id.
+    """
+    if os.path.isdir(settings.model_name_or_path) or not is_commit(settings.revision):
+        return tokenizer_fingerprint(settings)
+    template = settings.chat_template
+    found = {"commit": str(settings.revision)}
+    if template is not None:
+        found["model.chat_template"] = hashlib.sha256(template.encode()).hexdigest()
+    return found
 
 
 def require_lineage(manifests: Mapping[str, Mapping[str, Any]]) -> None:
@@ -103,9 +168,9 @@ def require_tokenizer(config: Config, prepared: dict[str, Any]) -> None:
         ModelError: The config's tokenizer is not there.
     """
     model, before = config.model, prepared["fingerprint"]["tokenizer"]
-    revision = _pinned(model.model_name_or_path, model.revision, before)
+    revision = pinned(model.model_name_or_path, model.revision, before)
     settings = EncoderSettings.of(config, revision)
-    _require(prepared, {"tokenizer": tokenizer_fingerprint(settings)})
+    _require(prepared, {"tokenizer": tokenizer_of(settings)})
 
 
 def _require(prepared: dict[str, Any], asked: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import json
 import pickle
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from refscale import schema, summary
@@ -23,10 +23,12 @@ from refscale.cluster.room import require_replicas
 from refscale.cluster.runtime import Step, disconnect, run_graph
 from refscale.cluster.trainer import train_on_ray
 from refscale.config import ModelConfig
-from refscale.corpus import fragments, preparation
+from refscale.corpus import fragments, planning, preparation
 from refscale.errors import ConfigError, EvaluationError, ScoringError
 from refscale.evaluation import holdout
 from refscale.lineage import (
+    fingerprint_before,
+    finished_before,
     pinned_model,
     require_encoding,
     require_lineage,
@@ -42,9 +44,10 @@ from refscale.selection.radix import RadixSelect, Tally
 from refscale.selection.strategies import Moments
 from refscale.storage.fingerprints import digest
 from refscale.storage.stages import FileRecord, StageFolder
+from refscale.training import resumption
 from refscale.training.checks import NO_HOLDOUT, check_training
 from refscale.training.log import TrainingProgress
-from refscale.training.options import WorkerSettings, deciding_options
+from refscale.training.options import WorkerSettings, deciding_options, measuring_decides
 
 STAGES = ("prepare", "score", "select", "train", "evaluate", "report")
 _HOLDOUT = "holdout"  # in training/, while a training measures itself
@@ -84,8 +87,11 @@ def prepare(run: Run) -> dict[str, Any]:
     """
     started = time.monotonic()
     config, folder, refused = run.config, run.folder("corpus"), run.folder("quarantine")
-    plan = preparation.plan(config)
     restart = "prepare" in run.restart
+    known = None if restart else planning.unchanged(config, finished_before(folder))
+    if known and folder.begin(known) and refused.begin(known):
+        return _skipped(folder)
+    plan = preparation.plan(config, None if restart else fingerprint_before(folder))
     done = folder.begin(plan.fingerprint, restart=restart)
     # Where the refused rows alone are damaged, they are read again; the shards stay.
     if refused.begin(plan.fingerprint, restart=restart) and done:
@@ -140,7 +146,7 @@ def prepare(run: Run) -> dict[str, Any]:
         files,
         counts=counts.as_dict(),
         seconds=folder.spent_s + time.monotonic() - started,
-        details={"sources": plan.said},
+        details={"sources": plan.said, "asked": planning.asked(config)},
     )
     run.store.delete("corpus/fragments")
     print_counts("corpus", counts.as_funnel())
@@ -220,6 +226,10 @@ def _score_shards(
     if todo:
         gpus_each = run.gpus(config.ray.gpus_per_replica)
         require_replicas(config.ray, run.cluster, gpus_each, label)
+        # There are no more actors than shards, and the cores are shared among those.
+        actors = min(config.ray.replica_bounds()[1], len(todo))
+        threads = run.threads(actors, config.ray.cpus_per_replica)
+        settings = replace(settings, num_threads=threads)
     cpus = config.ray.cpus_per_task
     steps = [
         Step(read, num_cpus=cpus),
@@ -245,7 +255,6 @@ def _score_shards(
 
 def _scorer_settings(run: Run, model: ModelConfig) -> shard_scoring.ScorerSettings:
     config = run.config
-    replicas = config.ray.replica_bounds()[1]
     # One dtype for all replicas: a pool of unlike machines must not mix them.
     cuda = run.gpus(config.ray.gpus_per_replica) > 0
     dtype, reason = shard_scoring.resolve_dtype(config.model.dtype, cuda=cuda)
@@ -262,7 +271,7 @@ def _scorer_settings(run: Run, model: ModelConfig) -> shard_scoring.ScorerSettin
         attn_implementation=config.model.attn_implementation,
         adapter=model.adapter,
         quantization=config.score.quantization,
-        num_threads=run.threads(replicas, config.ray.cpus_per_replica),
+        num_threads=None,  # known with the number of replicas
         device="auto" if cuda else "cpu",
     )
 
@@ -375,10 +384,14 @@ def train(run: Run) -> dict[str, Any]:
         "model": scores["fingerprint"]["model"],
         "max_length": config.encoding.max_length,
         "train": deciding_options(options),
-        # All checkpoints of a training are measured on the same pairs.
-        "holdout_pairs": config.evaluate.max_pairs if config.train.eval_steps else None,
+        # All checkpoints that compete are measured on the same pairs.
+        "holdout_pairs": config.evaluate.max_pairs if measuring_decides(options) else None,
     }
     restart = "train" in run.restart
+    if not restart:
+        before = [fingerprint_before(policy), fingerprint_before(folder)]
+        fingerprint = resumption.as_begun(fingerprint, options, before[0] or before[1])
+        restart = resumption.begins_anew(fingerprint, before, folder, policy)
     if policy.begin(fingerprint, restart=restart):
         return _skipped(policy)  # whatever has become of training/: nothing needs it any more
     if column := config.evaluate.flipped_column:
@@ -450,7 +463,8 @@ def _held_out(run: Run, training: StageFolder) -> list[str]:
     held = _holdout_shards(corpus.require())
     if not held:
         raise ConfigError(NO_HOLDOUT)
-    folder = training.part(_HOLDOUT)
+    # Another max_pairs is of other pairs.
+    folder = training.part(f"{_HOLDOUT}/{config.evaluate.max_pairs or 'all'}")
     last, held = summary.holdout_sample(scores, held, config.evaluate.max_pairs)
     finished = folder.finished_shards()
     step = Step(passes.hold_out(corpus, scores, folder, last), num_cpus=config.ray.cpus_per_task)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from refscale.cluster.runtime import ClusterInfo, connect
 from refscale.config import Config, dump_config
 from refscale.errors import StorageError
-from refscale.progress import say
+from refscale.progress import console, literal
 from refscale.secrets import refuse_secrets
 from refscale.storage.stages import StageFolder
 from refscale.storage.store import Store
@@ -54,11 +54,21 @@ class Run:
             return asked
         if not self.cluster.gpus and not self.cluster.embedded and not self._said_no_gpu:
             self._said_no_gpu = True
-            say(
-                "gpus      the cluster has none now, so CPUs do the work; where GPUs come when they"
-                " are needed, set ray.gpus_per_replica and ray.gpus_per_worker"
-            )
+            self._say_no_gpu()
         return float(self.cluster.gpus > 0)
+
+    def _say_no_gpu(self) -> None:
+        ray = self.config.ray
+        unset = [k for k in ("gpus_per_replica", "gpus_per_worker") if getattr(ray, k) is None]
+        lines = [
+            "NO GPU: the cluster has none now, so CPUs do the work.",
+            "If its GPU nodes come when they are needed, stop this, set and run again:",
+            "    ray:",
+            *(f"      {key}: 1" for key in unset),
+            "If CPUs are what you want, set 0.",
+        ]
+        for line in lines:
+            console.print(literal(f"gpus      !!! {line}", "bold red"))
 
     def threads(self, processes: int, cpus_each: float) -> int | None:
         """Threads of torch in each process; None leaves it to torch and Ray.

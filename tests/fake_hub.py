@@ -1,4 +1,4 @@
-"""A hub that tests push to, and a machine's cache of it, in the layout of huggingface_hub."""
+"""A hub that tests push to, and a machine's caches of it, in the layouts of huggingface_hub."""
 
 import shutil
 from collections.abc import Callable
@@ -79,6 +79,35 @@ def fake_hub(monkeypatch, cache: Path) -> FakeHub:
         monkeypatch.setattr(HfApi, name, lambda _self, repo, **options: hub.info(repo, **options))
     next_process(monkeypatch)
     return hub
+
+
+def cache_dataset(folder: Path, letter: str, rows: list[dict[str, str]]) -> None:
+    """Put rows into a cache of `datasets` as a commit of the hub dataset org/d.
+
+    Args:
+        folder: datasets.config.HF_DATASETS_CACHE.
+        letter: Of the commit.
+        rows: Of the split train; all columns are strings.
+    """
+    import datasets
+    from datasets.arrow_writer import ArrowWriter
+
+    folder = folder / "org___d/default/0.0.0" / commit(letter)
+    folder.mkdir(parents=True)
+    features = datasets.Features({name: datasets.Value("string") for name in rows[0]})
+    with ArrowWriter(path=str(folder / "d-train.arrow"), features=features) as writer:
+        for row in rows:
+            writer.write(row)
+        writer.finalize()
+    split = datasets.SplitInfo("train", num_examples=len(rows), dataset_name="d")
+    datasets.DatasetInfo(
+        features=features,
+        builder_name="json",
+        dataset_name="d",
+        config_name="default",
+        version="0.0.0",
+        splits=datasets.SplitDict({"train": split}),
+    ).write_to_directory(str(folder))
 
 
 def next_process(monkeypatch) -> None:

@@ -1,7 +1,7 @@
 """Submitting a run to a Ray cluster: `refscale submit`.
 
 In: a config and a run folder that the cluster's nodes can reach. Out: the job's log on stdout and
-its exit code. What travels is the resolved config and the source of this refscale, well below a
+its exit code. What travels is the resolved config and the source of this refscale, about a
 megabyte; corpus, model and results never do: the nodes read and write them by path or URI.
 
 Secrets do not travel either. Ray shows a job's entry point, metadata and runtime environment to
@@ -34,8 +34,8 @@ CONFIG_FILE = "config.yaml"
 
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _RECONNECT_S = 2.0
-# A job's state is written a moment after its log ends.
-_STATE_WITHIN_S = 60.0
+# Time to restart the head, or to forward its port again.
+_ANSWERS_WITHIN_S = 300.0
 
 
 def submit(
@@ -190,7 +190,11 @@ def _explained(action: str, exc: BaseException) -> RefscaleError:
 
 
 def _follow(client: Any, job: str) -> None:
-    """Print the job's log as it comes, until the job has ended; survive a lost connection."""
+    """Print the job's log as it comes, until the job has ended; survive a lost connection.
+
+    Raises:
+        RefscaleError: Ray has not answered for _ANSWERS_WITHIN_S.
+    """
     import aiohttp
 
     shown = 0
@@ -204,16 +208,20 @@ def _follow(client: Any, job: str) -> None:
         shown += len(fresh)
         return seen + len(text)
 
-    lost: tuple[type[BaseException], ...] = (*_ray_errors(), aiohttp.ClientError)
+    lost: tuple[type[BaseException], ...]
+    lost = (*_ray_errors(), aiohttp.ClientError, TimeoutError)
+    ended = False
     while True:
         try:
             asyncio.run(_tail(client, job, show))
+            whole = True
         except lost:
-            if _poll(client, job, "status") in _ENDED:
-                return
-        else:
+            whole = False
+        # Ray 2.60 raises for close code 1006 only: "whole" may be a head that shuts down.
+        before, ended = ended, _poll(client, job, "status") in _ENDED
+        if ended and (whole or before):
             return
-        time.sleep(_RECONNECT_S)
+        time.sleep(_RECONNECT_S)  # then for what is missing, also of a job that has ended
 
 
 async def _tail(client: Any, job: str, show: Callable[[str, int], int]) -> None:
@@ -223,12 +231,7 @@ async def _tail(client: Any, job: str, show: Callable[[str, int], int]) -> None:
 
 
 def _exit_code(client: Any, job: str) -> int:
-    """The code that the job's command ended with; 1 where Ray knows none."""
-    deadline = time.monotonic() + _STATE_WITHIN_S
-    while _poll(client, job, "status") not in _ENDED:
-        if time.monotonic() > deadline:
-            raise RefscaleError(f"the log of job {job} has ended, but Ray says that it still runs")
-        time.sleep(0.5)
+    """The code that the ended job's command ended with; 1 where Ray knows none."""
     status, code = _poll(client, job, "status"), _poll(client, job, "driver_exit_code")
     if status == "SUCCEEDED":
         return 0
@@ -241,9 +244,21 @@ def _exit_code(client: Any, job: str) -> int:
 
 
 def _poll(client: Any, job: str, what: str) -> Any:
-    """A field of the job's info."""
-    try:
-        value = getattr(client.get_job_info(job), what)
-    except _ray_errors() as exc:
-        raise _explained(f"ask for job {job}", exc) from exc
-    return getattr(value, "value", value)
+    """A field of the job's info; asks for _ANSWERS_WITHIN_S where Ray does not answer."""
+    deadline = None
+    while True:
+        try:
+            value = getattr(client.get_job_info(job), what)
+            return getattr(value, "value", value)
+        except _ray_errors() as exc:
+            error = _explained(f"ask for job {job}", exc)
+            error.__cause__ = exc
+        if deadline is None:
+            deadline = time.monotonic() + _ANSWERS_WITHIN_S
+            say(f"submit    {error}; trying again for {_ANSWERS_WITHIN_S / 60:.0f} min")
+        elif time.monotonic() > deadline:
+            raise RefscaleError(
+                f"{error}; gave up after {_ANSWERS_WITHIN_S / 60:.0f} min, but the job may go on:"
+                f" `ray job logs -f {job}` follows it"
+            ) from error
+        time.sleep(_RECONNECT_S)

@@ -4,20 +4,26 @@ Resume is by name: the same fingerprint gives the same run name, and Ray Train t
 checkpoint to the workers, after the death of a worker as after that of the driver. Checkpoints go
 to the run folder once per node (its local rank 0 uploads for it), in the background. What a
 checkpoint costs: one write to the node's own disk while training waits, and its upload beside the
-next steps. A worker killed before the upload is done resumes from the checkpoint before.
+next steps; training waits for that where the next one is due first, so that a node holds two at
+most. A worker killed before the upload is done resumes from the checkpoint before. From an object
+store a node fetches what its ranks read of a checkpoint, and deletes it before the first step.
 """
 
+import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import ray
 import ray.train
+import ray.train.collective
 import ray.train.torch
 from ray.train import Checkpoint, CheckpointConfig, CheckpointUploadMode, FailureConfig
 
@@ -27,13 +33,20 @@ from refscale.errors import RefscaleError, StorageError, TrainingError
 from refscale.storage.fingerprints import digest
 from refscale.storage.stages import StageFolder
 from refscale.storage.store import Store
+from refscale.training.checkpoints import files_to_load
 from refscale.training.log import TrainingLog, plain
 from refscale.training.options import WorkerSettings
 
 __all__ = ["train_on_ray", "work_folder"]
 
+logger = logging.getLogger(__name__)
+
 _FAILED = "FAILED.json"
 _TENSORBOARD = "tensorboard"
+_FETCHED = "fetched"  # a checkpoint, in the work folder
+_UPLOAD_LOOKED_AT_EVERY_S = 0.5
+# Where the workers fit and yet do not start, for example because the system kills them.
+_STARTS_WITHIN_S = 600.0
 
 
 def train_on_ray(
@@ -105,7 +118,9 @@ def train_on_ray(
             storage_filesystem=filesystem,
             failure_config=FailureConfig(
                 max_failures=max_failures,
-                controller_failure_limit=attempts_within(wait_for_room_s) if grows else -1,
+                controller_failure_limit=attempts_within(
+                    wait_for_room_s if grows else _STARTS_WITHIN_S
+                ),
             ),
             checkpoint_config=CheckpointConfig(
                 num_to_keep=checkpoints_kept, **(score if settings.train["eval_steps"] else {})
@@ -117,7 +132,8 @@ def train_on_ray(
         with room:
             result = trainer.fit()
     except Exception as exc:
-        if missing := room.missing():
+        # A worker that said what failed is the cause, whatever room is left since.
+        if not store.exists(folder.file(_FAILED)) and (missing := room.missing()):
             raise TrainingError(
                 f"{missing}; ray.wait_for_room_s bounds the wait; the same command resumes from the"
                 " last checkpoint"
@@ -154,11 +170,24 @@ def _worker_error(store: Store, folder: StageFolder, exc: BaseException | None) 
         failed = store.read_json(folder.file(_FAILED))
         kind = getattr(refscale.errors, failed["type"], TrainingError)
         return kind(failed["message"])
-    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
     return TrainingError(
-        f"a training worker failed: {lines[-1][:300] if lines else type(exc).__name__}; the same"
-        " command resumes from the last checkpoint"
+        f"a training worker failed: {_said(exc)[:300]}; the same command resumes from the last"
+        " checkpoint"
     )
+
+
+def _said(exc: BaseException | None) -> str:
+    """What an exception says, in one line; of failed workers, the likeliest to be the cause."""
+    failures: dict[int, Exception] = getattr(exc, "worker_failures", {})
+    raised = [failures[rank] for rank in sorted(failures)]
+    # Ray's own are of a worker that died; what another raises then is of its missing peer.
+    died = [failure for failure in raised if type(failure).__module__.startswith("ray.")]
+    if raised and not died:
+        return " ".join(f"{type(raised[0]).__name__}: {raised[0]}".split())
+    # Their last line says why.
+    text = str(died[0] if died else exc)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else type(exc).__name__
 
 
 def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
@@ -190,8 +219,9 @@ def _run(config: Mapping[str, Any], context: Any) -> dict[str, Any]:
     if config["threads"]:
         torch.set_num_threads(config["threads"])
     work = work_folder(folder, config["name"])
+    leftovers = [work / name for name in ("upload", "checkpoints", "policy", _FETCHED)]
     if first_of_node:
-        _remove(work / "upload", work / "checkpoints", work / "policy")  # of a killed attempt
+        _remove(*leftovers)  # of a killed attempt
     checkpoint = ray.train.get_checkpoint()
     settings = _settings(config["settings"], folder, work, context.get_world_rank())
     log = TrainingLog(folder, resumed=checkpoint is not None)
@@ -202,10 +232,16 @@ def _run(config: Mapping[str, Any], context: Any) -> dict[str, Any]:
             if not store.is_local and settings.tensorboard_dir is not None:
                 store.upload_folder(settings.tensorboard_dir, folder.file(_TENSORBOARD))
 
+    uploading = ""
+
     def on_save(saved: str, metrics: dict[str, Any]) -> None:
+        nonlocal uploading
         step = int(saved.rpartition("-")[2])
+        name = f"checkpoint-{step:08d}"
         report: dict[str, Any] = {"metrics": {**plain(metrics), "step": step}}
         if first_of_node:
+            _await_upload(uploading)
+            uploading = name
             # Out of the trainer's way, which deletes its old folders, also half-uploaded ones.
             upload = work / "upload" / Path(saved).name
             upload.parent.mkdir(exist_ok=True)
@@ -215,18 +251,33 @@ def _run(config: Mapping[str, Any], context: Any) -> dict[str, Any]:
                 checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
                 delete_local_checkpoint_after_upload=True,
             )
-        ray.train.report(checkpoint_dir_name=f"checkpoint-{step:08d}", **report)
-        publish()
+        ray.train.report(checkpoint_dir_name=name, **report)
+        try:
+            publish()
+        except StorageError as exc:
+            logger.warning("the log is not published now: %s", exc)  # the next time has all of it
 
-    with ExitStack() as stack:
-        resume = stack.enter_context(checkpoint.as_directory()) if checkpoint else None
+    def drop_fetched() -> None:
+        if first_of_node:
+            _remove(work / _FETCHED)
+
+    @contextmanager
+    def best_checkpoint() -> Iterator[str]:
+        yield _fetch(_best_checkpoint(), store, work, settings, context, best=True)
+        ray.train.collective.barrier()  # the other ranks of this node have read it too
+        drop_fetched()
+
+    try:
         metrics = run_worker(
             settings,
             on_log=log.add,
             on_save=on_save,
-            resume_from=resume,
-            best_checkpoint=_best_checkpoint,
+            resume_from=_fetch(checkpoint, store, work, settings, context) if checkpoint else None,
+            on_loaded=drop_fetched,
+            best_checkpoint=best_checkpoint,
         )
+    finally:
+        drop_fetched()
     publish()
     if context.get_world_rank() == 0:
         store.upload_folder(settings.policy_dir, policy.stage)
@@ -248,9 +299,66 @@ def work_folder(folder: StageFolder, name: str) -> Path:
     return Path(tempfile.gettempdir()) / f"refscale-{whose}-{name}"
 
 
-@contextmanager
-def _best_checkpoint() -> Iterator[str]:
-    """Folder of the checkpoint with the lowest loss on the holdout; waits until all are uploaded.
+def _fetch(
+    checkpoint: Checkpoint,
+    store: Store,
+    work: Path,
+    settings: WorkerSettings,
+    context: Any,
+    *,
+    best: bool = False,
+) -> str:
+    """Folder of a checkpoint; a copy of what this node's ranks read where the store is not local.
+
+    Collective.
+
+    Args:
+        checkpoint: One that is in the run folder.
+        store: The run folder.
+        work: This node's work folder.
+        settings: Of this worker.
+        context: Ray Train's.
+        best: As for `files_to_load`.
+    """
+    if store.is_local:
+        return str(checkpoint.path)
+    first_of_node, target = context.get_local_rank() == 0, work / _FETCHED
+    if first_of_node:
+        _remove(target)
+    ray.train.collective.barrier()
+    source = PurePosixPath(checkpoint.path).relative_to(store.path("")).as_posix()
+    names = [name.removeprefix(f"{source}/") for name in store.list_files(source, recursive=True)]
+    own, shared = files_to_load(names, settings.train, context.get_world_rank(), best=best)
+    wanted = [*own, *(shared if first_of_node else ())]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda name: store.fetch(f"{source}/{name}", str(target)), wanted))
+    ray.train.collective.barrier()
+    return str(target / source)
+
+
+def _await_upload(name: str) -> None:
+    """Wait until this worker's checkpoint is in the run folder; an empty name is none.
+
+    A failed upload ends the attempt, and this wait with it.
+    """
+    started = time.monotonic()
+    while name and not _is_uploaded(name):
+        time.sleep(_UPLOAD_LOOKED_AT_EVERY_S)
+    if time.monotonic() - started > _UPLOAD_LOOKED_AT_EVERY_S:
+        logger.warning(
+            "the upload of %s took longer than train.save_steps: training waited %.0f s for it",
+            name,
+            time.monotonic() - started,
+        )
+
+
+def _is_uploaded(name: str) -> bool:
+    latest = ray.train.get_checkpoint()
+    return latest is not None and PurePosixPath(latest.path).name >= name
+
+
+def _best_checkpoint() -> Checkpoint:
+    """The checkpoint with the lowest loss on the holdout; waits until all are uploaded.
 
     Raises:
         TrainingError: None was measured.
@@ -263,8 +371,7 @@ def _best_checkpoint() -> Iterator[str]:
     if not measured:
         raise TrainingError("no checkpoint was measured on the holdout; its loss is not finite")
     _, best = min(measured, key=lambda loss_and_checkpoint: loss_and_checkpoint[0])
-    with best.as_directory() as folder:
-        yield folder
+    return best
 
 
 def _settings(given: WorkerSettings, folder: StageFolder, work: Path, rank: int) -> WorkerSettings:

@@ -33,9 +33,10 @@ class DatasetRef:
     def pinned(self) -> "DatasetRef":
         """A hub dataset at the commit that its revision is now, so that all processes read that.
 
-        Without the hub `datasets` reads what a machine has cached last, and so does this.
+        Without the hub `datasets` reads what a machine has cached last, and so does this. A commit
+        is not asked for: it is read, or nothing is.
         """
-        if self.kind != "hub" or Path(self.root).is_dir():
+        if self.kind != "hub" or Path(self.root).is_dir() or is_commit(self.revision):
             return self
         try:
             return replace(self, revision=hub_commit(self.root, self.revision, "dataset"))

@@ -4,20 +4,21 @@ Costs: the files are hashed (remembered between runs), big json lines files are 
 line starts, the first rows of each source are looked at, and the tokenizer is loaded.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, islice
 from typing import Any
 
 from refscale.config import Config, CorpusConfig, ModelConfig, Source
 from refscale.config_file import explain_model_name
-from refscale.corpus.encoding import EncoderSettings, tokenizer_fingerprint
+from refscale.corpus.encoding import EncoderSettings
 from refscale.corpus.pairs import Pair, Refusal
 from refscale.corpus.reading import Row, read_rows
 from refscale.corpus.shapes import canonical_pair, detect_shape
 from refscale.corpus.sources import LocatedSource, Unit, contents, locate, plan_units, unit_bytes
 from refscale.errors import CorpusError, ModelError, StorageError
-from refscale.storage.fingerprints import pinned_revision
+from refscale.lineage import pinned, tokenizer_of
+from refscale.storage.fingerprints import digest
 
 # Raised when the same rows would be prepared to other bytes: a run made before is then refused.
 CODE_VERSION = 3
@@ -61,16 +62,23 @@ class Plan:
     seed: int
 
 
-def plan(config: Config) -> Plan:
+def plan(config: Config, before: Mapping[str, Any] | None = None) -> Plan:
     """Find the sources, their shapes and their units, and check the tokenizer against them.
+
+    Args:
+        config: The config.
+        before: Fingerprint of the corpus that an earlier command began. The tokenizer and the hub
+            datasets that the config does not pin stay at its commits, whatever was pushed since.
 
     Raises:
         CorpusError: A source is missing, empty, of an unknown format or shape.
         ModelError: The tokenizer cannot be loaded, or cannot encode what the sources hold.
     """
-    corpus = config.corpus
-    settings = EncoderSettings.of(config, _tokenizer_revision(config.model))
-    located = _named([locate(source, i) for i, source in enumerate(corpus.sources)])
+    corpus, before = config.corpus, before or {}
+    revision = _tokenizer_revision(config.model, before.get("tokenizer"))
+    settings = EncoderSettings.of(config, revision)
+    pinned_sources = _at_commits(corpus.sources, before.get("sources", ()))
+    located = _named([locate(source, i) for i, source in enumerate(pinned_sources)])
     wanted = unit_bytes(sum(found.num_bytes for found in located))
     units: list[Unit] = []
     sources, said, kinds = [], [], set()
@@ -100,10 +108,61 @@ def plan(config: Config) -> Plan:
     )
 
 
-def _tokenizer_revision(model: ModelConfig) -> str | None:
+def asked(config: Config) -> str:
+    """Digest of what the config says of the corpus; the contents of what it names decide the rest.
+
+    A finished corpus keeps it, for `unchanged`.
+    """
+    names = {"model_name_or_path", "revision", "trust_remote_code", "chat_template"}
+    return digest(
+        [
+            config.model.model_dump(include=names),
+            config.corpus.model_dump(exclude={"max_bad_fraction"}),
+            config.encoding.model_dump(),
+            CODE_VERSION,
+        ]
+    )
+
+
+def unchanged(config: Config, manifest: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The fingerprint of a finished corpus that is what the config asks for; else None: plan it.
+
+    Files are hashed as in `plan`. Of hub datasets the commit is enough: a finished corpus needs
+    neither the hub nor this machine's cache of it.
+
+    Raises:
+        CorpusError: A source is missing.
+        ModelError: The tokenizer is not there.
+    """
+    if manifest is None or manifest.get("details", {}).get("asked") != asked(config):
+        return None
+    before = dict(manifest["fingerprint"])
+    for i, (source, had) in enumerate(zip(config.corpus.sources, before["sources"], strict=True)):
+        commit = had["contents"].get("commit") if source.dataset is not None else None
+        known = commit is not None and source.revision in (None, commit)
+        if not known and contents(locate(source, i)) != had["contents"]:
+            return None
+    revision = _tokenizer_revision(config.model, before["tokenizer"])
+    tokenizer = tokenizer_of(EncoderSettings.of(config, revision))
+    return before if tokenizer == before["tokenizer"] else None
+
+
+def _at_commits(sources: Sequence[Source], before: Sequence[Mapping[str, Any]]) -> list[Source]:
+    """The sources, with hub datasets that are not pinned at the commits that `before` has."""
+    commits = [(had.get("dataset"), had.get("contents", {}).get("commit")) for had in before]
+    commits += [(None, None)] * (len(sources) - len(commits))
+    return [
+        source.model_copy(update={"revision": commit})
+        if commit and source.revision is None and source.dataset == dataset
+        else source
+        for source, (dataset, commit) in zip(sources, commits, strict=False)
+    ]
+
+
+def _tokenizer_revision(model: ModelConfig, before: Mapping[str, str] | None) -> str | None:
     name = model.model_name_or_path
     try:
-        return pinned_revision(name, model.revision)
+        return pinned(name, model.revision, before)
     except StorageError as exc:
         error = f"the tokenizer of model.model_name_or_path = {name} cannot be loaded: {exc}"
         raise ModelError(explain_model_name(name, error)) from exc
@@ -209,6 +268,6 @@ def _fingerprint(
         ],
         "corpus": corpus.model_dump(exclude={"sources", "max_bad_fraction"}),
         "encoding": config.encoding.model_dump(),
-        "tokenizer": tokenizer_fingerprint(settings),
+        "tokenizer": tokenizer_of(settings),
         "code": CODE_VERSION,
     }

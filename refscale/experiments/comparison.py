@@ -31,6 +31,7 @@ from refscale.errors import ConfigError, EvaluationError, FingerprintError
 from refscale.evaluation.holdout import number_prompts, prompt_ids
 from refscale.experiments.arms import FULL, Arm, arm_config, grid, parse_arm
 from refscale.experiments.statistics import summarise
+from refscale.lineage import fingerprint_before
 from refscale.progress import say
 from refscale.report.comparison_page import render_html
 from refscale.secrets import refuse_secrets
@@ -42,6 +43,7 @@ from refscale.storage.stages import StageFolder
 from refscale.storage.store import Store
 from refscale.training.checks import check_training
 from refscale.training.options import deciding_options
+from refscale.training.resumption import as_begun
 
 if TYPE_CHECKING:
     from refscale.run import Run
@@ -271,12 +273,14 @@ def _run_arm(
     config = arm_config(run.config, arm, seed)
     mine = replace(run, store=store, config=config, shared=run.store)
     result = _result(run.store, arm, seed)
-    fingerprint = {
+    options = config.train.model_dump()
+    asked = {
         "scores": run.folder("scores").require()["identity"],
         "select": config.select.deciding_options(),
-        "train": deciding_options(config.train.model_dump()),
+        "train": deciding_options(options),
         "evaluate": config.evaluate.model_dump(),
     }
+    fingerprint = as_begun(asked, options, fingerprint_before(result))
     # `begin` withdraws the manifest of damaged results, whose policy may have been kept.
     before = result.manifest()
     kept = before is not None and _policy_kept(before)

@@ -2,11 +2,14 @@
 
 In: the settings of a training. Out: `refscale_checkpoint.json`, or a refusal that names the field.
 A checkpoint's optimizer state is a pickle, so it is loaded only from folders that hold this record.
+Where checkpoints are fetched, also which files of one a rank reads.
 """
 
 import json
 import os
-from pathlib import Path
+import re
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from refscale.errors import TrainingError
@@ -14,6 +17,16 @@ from refscale.training.options import WorkerSettings
 
 CHECKPOINT_FILE = "refscale_checkpoint.json"
 CHECKPOINT_FORMAT = 1
+# The end of a refusal that asks for other options, whose training is another one.
+AND_THEN = (
+    "and run the same command again; where it finds a checkpoint of the old settings, `refscale"
+    " train --restart` begins without it"
+)
+# As transformers 5.23 and DeepSpeed 0.19 name them.
+_OF_A_RANK = re.compile(
+    r"rng_state_(\d+)\.pth|(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_\d+_(?:optim|model)_states\.pt"
+)
+_WEIGHTS = re.compile(r"(?:model|pytorch_model)(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
 
 
 def checkpoint_record(settings: WorkerSettings) -> dict[str, Any]:
@@ -58,3 +71,30 @@ def check_checkpoint(folder: str, settings: WorkerSettings) -> None:
                 f"cannot resume from {folder}: {key} was {found.get(key)!r} and is now {value!r};"
                 " set it back, or train anew with --restart"
             )
+
+
+def files_to_load(
+    names: Iterable[str], train: dict[str, Any], rank: int, *, best: bool = False
+) -> tuple[list[str], list[str]]:
+    """The files of a checkpoint that `rank` alone reads, and those that all ranks read.
+
+    Args:
+        names: All files, relative to the checkpoint.
+        train: `TrainConfig.model_dump()`. A DeepSpeed config of the user's own may shard by more
+            than ranks or load by other rules; then all ranks read all.
+        rank: Of all ranks.
+        best: Load the weights alone, not to go on; DeepSpeed has them in the optimizer's shards.
+    """
+    if isinstance(train["deepspeed"], dict):
+        return [], list(names)
+    own, shared = [], []
+    for name in names:
+        file = PurePosixPath(name).name
+        if match := _OF_A_RANK.fullmatch(file):
+            if int(match[1] or match[2]) == rank:
+                own.append(name)
+        elif train["deepspeed"] and _WEIGHTS.fullmatch(file):
+            continue  # DeepSpeed reads its own model states
+        elif not best or file != "optimizer.pt":
+            shared.append(name)
+    return own, shared

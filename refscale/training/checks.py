@@ -80,6 +80,8 @@ SCHEDULERS = (
     "warmup_stable_decay",
     "greedy",
 )
+# Those that go by the loss on the holdout.
+MEASURED_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 _NEED_ARGUMENTS = ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay")
 
 # DPOConfig fields with their home elsewhere in the config, for the message.
@@ -363,7 +365,7 @@ def _check_schedule(train: dict[str, Any]) -> None:
             f"train.lr_scheduler_type: {schedule!r} is not a schedule of transformers"
             f"{nearest(schedule, SCHEDULERS)}"
         )
-    if schedule in ("reduce_lr_on_plateau", "greedy") and not train["eval_steps"]:
+    if schedule in MEASURED_SCHEDULES and not train["eval_steps"]:
         raise ConfigError(
             f"train.lr_scheduler_type: {schedule} follows the loss on the holdout; set"
             " train.eval_steps"

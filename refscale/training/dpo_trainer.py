@@ -23,7 +23,9 @@ from trl import DPOTrainer
 from refscale.errors import TrainingError
 from refscale.scoring.flops import Flops
 from refscale.training import packed_dpo
+from refscale.training.checkpoints import AND_THEN
 from refscale.training.data import check_columns, pair_tokens
+from refscale.training.policy import gathers_weights
 from refscale.training.token_batches import TokenBudgetSampler
 
 
@@ -61,10 +63,13 @@ class PrecomputedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         self._since = (time.perf_counter(), 0, 0)  # seconds, pairs and tokens at the last log
         self._useful: list[torch.Tensor] = []  # this rank's useful_work since the last log
         self._micro_batches: list[int] = []  # pairs of each in the current optimizer step
-        if packed:
-            tokenizer = kwargs["processing_class"]
-            pad = tokenizer.eos_token_id if tokenizer.pad_token is None else tokenizer.pad_token_id
-            kwargs["data_collator"] = packed_dpo.PackedCollator(pad_token_id=pad)
+        tokenizer = kwargs["processing_class"]
+        pad = tokenizer.eos_token_id if tokenizer.pad_token is None else tokenizer.pad_token_id
+        if packed or pad is None:
+            # Padding is masked. Without any id for it TRL refuses to make its own collator.
+            kwargs["data_collator"] = packed_dpo.PackedCollator(
+                pad_token_id=0 if pad is None else pad, packed=packed
+            )
         use_cache = getattr(model.config, "use_cache", None)
         with _without_model_hash():
             super().__init__(model=model, **kwargs)
@@ -184,8 +189,18 @@ class PrecomputedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         return TrainingError(
             f"{what} at step {self.state.global_step + 1} on rank {self.args.process_index}; lower"
             f" train.learning_rate (now {self.args.learning_rate:g}) or train.max_grad_norm, or set"
-            " train.bf16: false"
+            f" train.bf16: false, {AND_THEN}"
         )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the weights; under DeepSpeed transformers copies them on ranks that write none."""
+        if (
+            self.is_deepspeed_enabled
+            and not self.args.should_save
+            and not gathers_weights(self.accelerator)
+        ):
+            return
+        super().save_model(output_dir, _internal_call)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's metrics, with the speed since the last log and the peak memory."""

@@ -7,7 +7,12 @@ In: plain values of the config. Out: plain values again. Wrong options are refus
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from refscale.training.checks import check_options, check_report_to, loss_types
+from refscale.training.checks import (
+    MEASURED_SCHEDULES,
+    check_options,
+    check_report_to,
+    loss_types,
+)
 from refscale.training.presets import Device, deepspeed_config
 
 
@@ -59,12 +64,28 @@ class WorkerSettings:
     fingerprint: str = ""
 
 
-_DECIDE_NOTHING = ("max_failures", "logging_steps", "save_total_limit", "report_to")
+_DECIDE_NOTHING = (
+    "max_failures",
+    "logging_steps",
+    "save_total_limit",
+    "report_to",
+    "start_check_pairs",
+)
 
 
 def deciding_options(train: dict[str, Any]) -> dict[str, Any]:
     """The options of `TrainConfig.model_dump()` that the policy may depend on: its fingerprint."""
-    return {key: value for key, value in train.items() if key not in _DECIDE_NOTHING}
+    left_out = set(_DECIDE_NOTHING)
+    if not measuring_decides(train):
+        left_out.add("eval_steps")
+    if not train["load_best_model_at_end"]:  # whose candidates are the checkpoints
+        left_out.add("save_steps")
+    return {key: value for key, value in train.items() if key not in left_out}
+
+
+def measuring_decides(train: dict[str, Any]) -> bool:
+    """Whether the policy depends on what training measures on the holdout, and so on when."""
+    return train["load_best_model_at_end"] or train["lr_scheduler_type"] in MEASURED_SCHEDULES
 
 
 def dpo_arguments(

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import transformers
 import trl
+from accelerate.utils import DistributedType
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOTrainer
 
@@ -165,6 +166,27 @@ def _whole_weights(*, when: bool) -> Iterator[None]:
         hf_deepspeed._hf_deepspeed_config_weak_ref = reference
 
 
+def gathers_weights(accelerator: Any) -> bool:
+    """Whether `get_state_dict` needs all ranks; else each copies the weights for itself.
+
+    The condition is accelerate 1.15's.
+    """
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return False
+    config = accelerator.deepspeed_config
+    return config["zero_optimization"]["stage"] == 3 or "tensor_parallel" in config
+
+
+def keep_generation_config(model: Any) -> None:
+    """Let the model be saved with the generation config that it came with, as any untouched one.
+
+    The trainer puts the tokenizer's special tokens into it. Transformers 5.23 then refuses to save
+    what published ones hold and it only warns of else, such as a temperature without do_sample.
+    """
+    if (config := getattr(model, "generation_config", None)) is not None:
+        config._original_object_hash = hash(config)
+
+
 def save_policy(trainer: DPOTrainer, tokenizer: Any, settings: WorkerSettings, card: str) -> None:
     """Write the policy as safetensors, with its tokenizer and card; collective, rank 0 writes.
 
@@ -172,7 +194,9 @@ def save_policy(trainer: DPOTrainer, tokenizer: Any, settings: WorkerSettings, c
     it; the adapter itself goes to `adapter/`.
     """
     accelerator = trainer.accelerator
-    state = accelerator.get_state_dict(trainer.model_wrapped)
+    state: Any = None
+    if accelerator.is_main_process or gathers_weights(accelerator):
+        state = accelerator.get_state_dict(trainer.model_wrapped)
     if accelerator.is_main_process:
         model = accelerator.unwrap_model(trainer.model_wrapped)
         # DeepSpeed's copy of a tied head no longer shares memory and would be saved a second time.

@@ -44,11 +44,22 @@ from trl import DPOConfig
 
 from refscale.errors import ConfigError, TrainingError
 from refscale.training import packed_dpo
-from refscale.training.checkpoints import CHECKPOINT_FILE, check_checkpoint, checkpoint_record
+from refscale.training.checkpoints import (
+    AND_THEN,
+    CHECKPOINT_FILE,
+    check_checkpoint,
+    checkpoint_record,
+)
 from refscale.training.data import easy_to_hard, load_selection, pair_tokens
 from refscale.training.dpo_trainer import PrecomputedDPOTrainer, peak_memory_gib
 from refscale.training.options import WorkerSettings, dpo_arguments
-from refscale.training.policy import check_adapter, load_policy, model_card, save_policy
+from refscale.training.policy import (
+    check_adapter,
+    keep_generation_config,
+    load_policy,
+    model_card,
+    save_policy,
+)
 from refscale.training.presets import Device, peft_config
 from refscale.training.start_check import packed_check, positions_check, start_check
 
@@ -63,6 +74,7 @@ def run_worker(
     on_log: Callable[[dict[str, Any]], None],
     on_save: Callable[[str, dict[str, Any]], None],
     resume_from: str | None = None,
+    on_loaded: Callable[[], None] | None = None,
     best_checkpoint: Callable[[], AbstractContextManager[str]] | None = None,
 ) -> dict[str, Any]:
     """Train the policy: what each rank runs.
@@ -74,7 +86,9 @@ def run_worker(
         on_save: Called on every rank with the folder of a checkpoint that all ranks have finished
             writing on this node, and the latest metrics (empty off rank 0). It may move the folder
             away; else `save_total_limit` of them stay on rank 0's node, and all on others.
-        resume_from: A checkpoint folder that `on_save` got, with the files of all ranks.
+        resume_from: A checkpoint folder that `on_save` got, with what `files_to_load` names for the
+            ranks of this node.
+        on_loaded: Called on every rank when all have read what they need of `resume_from`.
         best_checkpoint: Called on every rank after the last step where `load_best_model_at_end` is
             set; gives the folder of the checkpoint with the lowest `eval_loss`.
 
@@ -112,7 +126,7 @@ def run_worker(
     if holdout is not None and budget and "per_device_eval_batch_size" not in settings.train["trl"]:
         longest = int(pair_tokens(holdout, padded=True).max())
         arguments["per_device_eval_batch_size"] = max(1, budget // longest)
-    reporter = _Reporter(settings, on_log, on_save)
+    reporter = _Reporter(settings, on_log, on_save, on_loaded if resume_from else None)
     trainer: PrecomputedDPOTrainer | None = None
     try:
         # Before the model: transformers partitions weights while loading once it knows of ZeRO-3.
@@ -224,9 +238,10 @@ class _Reporter(TrainerCallback):  # type: ignore[misc]
         settings: WorkerSettings,
         on_log: Callable[[dict[str, Any]], None],
         on_save: Callable[[str, dict[str, Any]], None],
+        on_loaded: Callable[[], None] | None,
     ) -> None:
         self.settings = settings
-        self.report, self.saved = on_log, on_save
+        self.report, self.saved, self.loaded = on_log, on_save, on_loaded
         self.trainer: PrecomputedDPOTrainer | None = None
         self.start: dict[str, float] = {}
         self.latest: dict[str, Any] = {}
@@ -235,6 +250,7 @@ class _Reporter(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.trainer is not None, "the trainer is attached before train()"
+        keep_generation_config(self.trainer.model)
         if state.global_step >= state.max_steps:
             raise _AlreadyTrained
         if not self.path_chosen:
@@ -252,6 +268,15 @@ class _Reporter(TrainerCallback):  # type: ignore[misc]
                 scored_in_bf16=self.settings.scored_in_bf16,
             )
         self.trainer.restart_clock()
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        if self.loaded is None:
+            return
+        assert self.trainer is not None, "the trainer is attached before train()"
+        # Random states are read last, just before the first step.
+        self.trainer.accelerator.wait_for_everyone()
+        self.loaded()
+        self.loaded = None
 
     def choose_path_early(self) -> None:
         """Choose the path before train(), which plans a token budget's micro-batches by it.
@@ -381,7 +406,7 @@ def _out_of_memory(
         advice.append("train.deepspeed: zero3_offload")
     advice.append(f"a smaller encoding.max_length (now {settings.max_length})")
     what = str(exc).strip().splitlines()[0][:160]
-    return f"out of memory at step {step} ({what}); set {', or '.join(advice)}"
+    return f"out of memory at step {step} ({what}); set {', or '.join(advice)}, {AND_THEN}"
 
 
 def _quieten() -> None:

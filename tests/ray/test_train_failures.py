@@ -2,12 +2,18 @@
 
 import os
 import signal
+import tempfile
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pyarrow.fs as pafs
 import pytest
+import ray.train.collective
+from ray.train import Checkpoint
 from test_training_zero import Trained, assert_same_policy, settings_of, trained
 
 from refscale.cluster import trainer
@@ -38,6 +44,11 @@ def worker_settings(inputs: Path, run: Path, **train: Any) -> WorkerSettings:
 
 def name_of(run: Path) -> str:
     return f"test-{run.parent.name}-{run.name}"
+
+
+def copied_by_ray() -> set[Path]:
+    """Ray's own copies of checkpoints on this node."""
+    return set(Path(tempfile.gettempdir()).glob("checkpoint_tmp_*"))
 
 
 def work_of(run: Path) -> Path:
@@ -179,3 +190,182 @@ def test_trainings_of_two_runs_never_share_a_work_folder(tmp_path: Path) -> None
         for run in ("a", "b")
     }
     assert len(folders) == 2
+
+
+def test_a_training_on_an_object_store_resumes_from_a_copy_that_is_gone_before_its_first_step(
+    ray_session: None, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3: Any
+) -> None:
+    best = {"eval_steps": 2, "load_best_model_at_end": True}
+    settings = worker_settings(trained.inputs, tmp_path, **best)
+    store = Store(s3.uri(f"trained-{tmp_path.name}"))
+    store.upload_folder(str(tmp_path / "selection"), "selection")
+    settings = replace(settings, holdout_files=settings.selection_files)
+    folder = StageFolder(store, "training")
+    work, name = work_folder(folder, name_of(tmp_path)), name_of(tmp_path)
+    loop, seen = dying(trainer._train_loop, {5: tmp_path / "killed"}), tmp_path / "seen"
+
+    def watching(config: dict[str, Any]) -> Any:
+        from refscale.training import worker
+
+        check = worker.check_checkpoint
+
+        def step_begins(self: Any, *args: Any, **kwargs: Any) -> None:
+            begun(self, *args, **kwargs)
+            if self.trainer.args.process_index == 0:  # which deletes it
+                with seen.open("a") as file:
+                    file.write(f"step {(work / 'fetched').exists()}\n")
+
+        def check_checkpoint(checkpoint: str, settings: Any) -> None:
+            files = [path.name for path in Path(checkpoint).rglob("*") if path.is_file()]
+            with seen.open("a") as file:
+                file.write(f"read {Path(checkpoint).is_relative_to(work)} {sorted(files)}\n")
+            check(checkpoint, settings)
+
+        begun = worker._Reporter.on_step_begin
+        worker._Reporter.on_step_begin = step_begins
+        worker.check_checkpoint = check_checkpoint
+        try:
+            return loop(config)
+        finally:
+            worker._Reporter.on_step_begin, worker.check_checkpoint = begun, check
+
+    monkeypatch.setattr(trainer, "_train_loop", watching)
+    copies = copied_by_ray()
+    metrics = train_on_ray(
+        settings,
+        folder,
+        StageFolder(store, "policy"),
+        name=name,
+        num_workers=2,
+        cpus_per_worker=1,
+        gpus_per_worker=0,
+        threads=1,
+        max_failures=1,
+        checkpoints_kept=2,
+        wait_for_room_s=0,
+    )
+    assert metrics["resumed"] is True and metrics["steps"] == STEPS
+    lines = seen.read_text().splitlines()
+    assert {line for line in lines if line.startswith("step")} == {"step False"}
+    read = {line for line in lines if line.startswith("read")}
+    # Both ranks are of this node; the weights of safetensors are not what DeepSpeed reads.
+    assert all(line.startswith("read True") and "model.safetensors" not in line for line in read)
+    assert all("rank_0_mp" in line and "rank_1_mp" in line for line in read)
+    assert store.exists("policy/model.safetensors")
+    assert copied_by_ray() == copies and not (work / "fetched").exists()
+
+
+class Context:
+    """Ray Train's, of one rank."""
+
+    def __init__(self, rank: int, local_rank: int) -> None:
+        self.get_world_rank, self.get_local_rank = lambda: rank, lambda: local_rank
+
+
+def test_a_node_fetches_what_its_ranks_read_and_nothing_of_a_killed_attempt(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3: Any
+) -> None:
+    store = Store(s3.uri("fetched"))
+    at = "training/checkpoints/dpo-0/checkpoint-00000004"
+    store.upload_folder(str(trained.out / "zero2" / "checkpoints" / "checkpoint-4"), at)
+    filesystem, path = store.filesystem(at)
+    monkeypatch.setattr(ray.train.collective, "barrier", lambda: None)
+    (tmp_path / "fetched" / "of" / "another").mkdir(parents=True)
+    settings = WorkerSettings(**settings_of(trained.inputs, tmp_path, deepspeed="zero2"))
+    folders = {
+        trainer._fetch(
+            Checkpoint(path, filesystem), store, tmp_path, settings, Context(rank, local_rank)
+        )
+        for rank, local_rank in ((2, 0), (1, 1))  # there is no shard 2
+    }
+    (folder,) = folders
+    names = {file.name for file in Path(folder).rglob("*") if file.is_file()}
+    assert {"mp_rank_00_model_states.pt", "rng_state_1.pth", "trainer_state.json"} <= names
+    assert "model.safetensors" not in names and "rng_state_0.pth" not in names
+    assert sum(name.endswith("optim_states.pt") for name in names) == 1
+    assert not (tmp_path / "fetched" / "of").exists()
+    # A local store is read in place.
+    local = Checkpoint(str(trained.out), pafs.LocalFileSystem())
+    here = Store(str(trained.out))
+    assert trainer._fetch(local, here, tmp_path, settings, Context(0, 0)) == str(trained.out)
+
+
+def test_a_checkpoint_waits_for_the_upload_of_the_one_before(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    uploaded: list[Any] = [None]
+    monkeypatch.setattr(trainer.ray.train, "get_checkpoint", lambda: uploaded[-1])
+    monkeypatch.setattr(trainer, "_UPLOAD_LOOKED_AT_EVERY_S", 0.01)
+    trainer._await_upload("")  # the first one
+    waiting = threading.Thread(target=trainer._await_upload, args=("checkpoint-00000004",))
+    waiting.start()
+    for step, waits in ((2, True), (4, False)):
+        uploaded.append(SimpleNamespace(path=f"bucket/run/checkpoint-{step:08d}"))
+        waiting.join(0.2)
+        assert waiting.is_alive() == waits
+    assert "the upload of checkpoint-00000004 took longer than train.save_steps" in caplog.text
+
+
+def test_a_failed_worker_is_named_by_what_it_raised_and_a_dead_one_by_why(tmp_path: Path) -> None:
+    folder = StageFolder(Store(str(tmp_path)), "training")
+
+    class Failed(Exception):
+        def __init__(self, failures: dict[int, Exception]) -> None:
+            super().__init__(
+                "Training failed due to worker errors:\nTraceback\n\nFix these issues."
+            )
+            self.worker_failures = failures
+
+    lines = ValueError("GenerationConfig is invalid: \n- `top_p`: unset it\n\nFix these issues.")
+    lost = RuntimeError("Connection closed by peer")
+    dead = ray.exceptions.RayActorError(error_msg="A worker died.\nIt was killed: SIGKILL")
+    for failures, said in (
+        ({1: lines}, "ValueError: GenerationConfig is invalid: - `top_p`: unset it Fix these"),
+        ({0: lost, 1: dead}, "It was killed: SIGKILL; the same"),
+    ):
+        message = str(trainer._worker_error(folder.store, folder, Failed(failures)))
+        assert message.startswith(f"a training worker failed: {said}"), message
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_what_a_worker_said_is_the_cause_whatever_room_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: bool
+) -> None:
+    store = Store(str(tmp_path))
+
+    class Room:
+        def __init__(self, *_: Any) -> None: ...
+        def __enter__(self) -> None: ...
+        def __exit__(self, *_: object) -> None: ...
+
+        def missing(self) -> str:
+            return "the cluster has room for 1 of 2 workers"
+
+    class Trainer:
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+
+        def fit(self) -> None:
+            if said:
+                failed = {"type": "TrainingError", "message": "out of memory at step 3"}
+                store.write_json("training/FAILED.json", failed)
+            raise RuntimeError("the workers are gone")
+
+    monkeypatch.setattr(trainer, "Room", Room)
+    monkeypatch.setattr(trainer, "_Trainer", Trainer)
+    monkeypatch.setattr(trainer.ray, "cluster_resources", dict)
+    with pytest.raises(TrainingError) as caught:
+        train_on_ray(
+            SimpleNamespace(train={"eval_steps": None}),
+            StageFolder(store, "training"),
+            StageFolder(store, "policy"),
+            name="x",
+            num_workers=2,
+            cpus_per_worker=1,
+            gpus_per_worker=0,
+            threads=1,
+            max_failures=0,
+            checkpoints_kept=2,
+            wait_for_room_s=60,
+        )
+    assert ("out of memory at step 3" in str(caught.value)) == said
+    assert ("room for 1 of 2" in str(caught.value)) != said

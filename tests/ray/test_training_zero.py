@@ -135,6 +135,20 @@ def launch(out: Path, runs: list[dict[str, Any]]) -> tuple[list[int], list[dict[
     return codes, json.loads(result.read_text()) if result.exists() else []
 
 
+def own_copy(checkpoint: str, fields: dict[str, Any], *, best: bool = False) -> str:
+    """The checkpoint as it is on a node of this rank alone: what it reads."""
+    from refscale.training.checkpoints import files_to_load
+
+    source, rank = Path(checkpoint), int(os.environ["RANK"])
+    target = Path(fields["output_dir"]).parent / f"node-{rank}" / source.name
+    names = [str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()]
+    own, shared = files_to_load(names, fields["train"], rank, best=best)
+    for name in [*own, *shared]:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).symlink_to(source / name)
+    return str(target)
+
+
 def rank_main(plan: Path) -> None:
     """What each rank runs."""
     import torch
@@ -153,14 +167,15 @@ def rank_main(plan: Path) -> None:
             # Every rank's part is there when any rank is told.
             saved.append([folder, sorted(os.listdir(folder))])
 
-        def first_checkpoint(saved: list = saved) -> Any:
-            return contextlib.nullcontext(saved[0][0])
+        def first_checkpoint(saved: list = saved, fields: dict = fields) -> Any:
+            return contextlib.nullcontext(own_copy(saved[0][0], fields, best=True))
 
+        resume_from = run.get("resume_from")
         metrics = run_worker(
             WorkerSettings(**fields),
             on_log=logs.append,
             on_save=on_save,
-            resume_from=run.get("resume_from"),
+            resume_from=resume_from and own_copy(resume_from, fields),
             best_checkpoint=first_checkpoint,
         )
         results.append({"metrics": metrics, "logs": logs, "saved": saved})

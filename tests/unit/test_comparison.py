@@ -339,6 +339,14 @@ def test_a_policy_that_was_kept_is_deleted_by_no_later_comparison(trained_arms):
     assert not kept(store, "full/seed-0")
 
 
+def test_arms_of_an_earlier_refscale_that_stored_more_options_stay_valid(trained_arms, monkeypatch):
+    compared, _ = trained_arms
+    with monkeypatch.context() as earlier:
+        earlier.setattr(comparison_module, "deciding_options", dict)
+        assert compared("full") == ["full/seed-0"]
+    assert compared("full") == []
+
+
 def test_what_a_killed_command_left_to_delete_is_deleted_by_the_next(trained_arms, monkeypatch):
     compared, store = trained_arms
 

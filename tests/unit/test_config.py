@@ -137,6 +137,26 @@ def test_relative_paths_are_relative_to_the_config_file(write, tmp_path):
     assert config.model.model_name_or_path == str(tmp_path / "m")
 
 
+def test_a_deepspeed_config_named_by_its_path_is_read_into_the_config(write, tmp_path):
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 1}}')
+    for name in ("ds.json", "./ds.json", str(tmp_path / "ds.json")):
+        config = load_config(write({**MINIMAL, "train": {"deepspeed": name}}))
+        assert config.train.deepspeed == {"zero_optimization": {"stage": 1}}
+    config = load_config(write(MINIMAL), ["train.deepspeed=ds.json"])
+    # So it travels with a submitted job, whose nodes do not have the file.
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+    (tmp_path / "bad.json").write_text("{zero: 1}")
+    (tmp_path / "list.json").write_text("[1]")
+    for name, said in (
+        ("absent.json", "absent.json cannot be read as JSON: .*No such file.*; give a preset"),
+        ("bad.json", r"bad\.json cannot be read as JSON: Expecting property name"),
+        ("list.json", r"list\.json must hold a JSON object, got list"),
+    ):
+        with pytest.raises(ConfigError, match=said) as caught:
+            load_config(write(MINIMAL), [f"train.deepspeed={name}"])
+        assert "\n" not in str(caught.value)
+
+
 def test_hub_id_that_is_no_folder_stays_as_it_is(write):
     data = {**MINIMAL, "model": {"model_name_or_path": "org/name"}}
     assert load_config(write(data)).model.model_name_or_path == "org/name"

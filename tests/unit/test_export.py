@@ -12,7 +12,7 @@ import pytest
 
 from refscale import schema
 from refscale.errors import FingerprintError, SchemaError, SelectionError, StorageError
-from refscale.export import export_selection
+from refscale.export import _size_category, export_selection
 from refscale.storage.stages import StageFolder
 from refscale.storage.store import Store
 
@@ -148,6 +148,24 @@ def test_trl_trains_on_the_export(tmp_path: Path, tiny_model: Path) -> None:
         processing_class=AutoTokenizer.from_pretrained(tiny_model),
     )
     assert trainer.train().training_loss == pytest.approx(np.log(2), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "name"),
+    [
+        (0, "n<1K"),
+        (999, "n<1K"),
+        (1_000, "1K<n<10K"),
+        (99_999, "10K<n<100K"),
+        (100_000, "100K<n<1M"),
+        (6_000_000, "1M<n<10M"),
+        (10**9, "1B<n<10B"),
+        (10**12 - 1, "100B<n<1T"),
+        (10**12, "n>1T"),
+    ],
+)
+def test_a_dataset_is_of_one_of_the_hubs_sizes(pairs: int, name: str) -> None:
+    assert _size_category(pairs) == name
 
 
 def test_the_card_says_what_how_and_from_where(tmp_path: Path) -> None:

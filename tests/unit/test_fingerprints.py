@@ -2,7 +2,7 @@
 
 import httpx2
 import pytest
-from fake_hub import FakeHub, commit, fake_hub, next_process
+from fake_hub import FakeHub, cache_dataset, commit, fake_hub, next_process
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -188,6 +188,31 @@ def test_a_model_stays_at_the_commit_of_an_earlier_stage_unless_the_config_names
     assert pinned_model(other, scored).revision == commit("e")
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        lambda: httpx2.ConnectError("no route"),
+        lambda: HfHubHTTPError("too many requests", response=FakeHub.response(429)),
+    ],
+)
+def test_an_outage_leaves_a_model_at_its_commit_and_the_machine_needs_no_cache(
+    hub, monkeypatch, capsys, error
+):
+    old = hub.push("org/m", "a")
+    config = ModelConfig(model_name_or_path="org/m")
+    scored = weights_of(pinned_model(config))
+    hub.push("org/m", "b")
+    next_process(monkeypatch)
+    hub.failing = error
+    assert weights_of(pinned_model(config, scored)) == scored
+    assert f"org/m stays at commit {old}: model 'org/m' is neither" in capsys.readouterr().err
+    named = config.model_copy(update={"revision": old})
+    assert weights_of(pinned_model(named, scored)) == scored
+    for other in (config, config.model_copy(update={"revision": "b"})):
+        with pytest.raises(StorageError, match="neither a folder nor a hub model"):
+            pinned_model(other, None if other is config else scored)
+
+
 def test_folders_have_no_commit(hub, model):
     config = ModelConfig(model_name_or_path=str(model), adapter=str(model))
     assert pinned_model(config, {"model": {"commit": commit("a")}}) == config
@@ -225,28 +250,12 @@ def test_an_adapter_is_merged_at_its_commit(hub, tmp_path, tiny_model):
 def cached_dataset(tmp_path, monkeypatch):
     """Puts rows into the cache of `datasets` as a commit of the hub dataset org/d."""
     import datasets
-    from datasets.arrow_writer import ArrowWriter
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     hf_datasets._load_dataset.cache_clear()
 
     def put(letter, count):
-        folder = tmp_path / "datasets/org___d/default/0.0.0" / commit(letter)
-        folder.mkdir(parents=True)
-        features = datasets.Features({"prompt": datasets.Value("string")})
-        with ArrowWriter(path=str(folder / "d-train.arrow"), features=features) as writer:
-            for _ in range(count):
-                writer.write({"prompt": letter})
-            writer.finalize()
-        split = datasets.SplitInfo("train", num_examples=count, dataset_name="d")
-        datasets.DatasetInfo(
-            features=features,
-            builder_name="json",
-            dataset_name="d",
-            config_name="default",
-            version="0.0.0",
-            splits=datasets.SplitDict({"train": split}),
-        ).write_to_directory(str(folder))
+        cache_dataset(tmp_path / "datasets", letter, [{"prompt": letter}] * count)
 
     yield put
     hf_datasets._load_dataset.cache_clear()

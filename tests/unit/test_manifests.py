@@ -366,6 +366,25 @@ def test_gpus_are_on_workers_only_and_start_parameters_are_ray_options(cluster):
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
 
 
+@pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob-gpu.yaml"])
+def test_a_gpu_pod_is_a_whole_node_with_room_for_checkpoints_of_an_8b_model(name):
+    document = documents(CLUSTER / "kuberay" / name)[-1]["spec"]
+    groups = document.get("rayClusterSpec", document)["workerGroupSpecs"]
+    [group] = [group for group in groups if group["groupName"] == "gpu"]
+    [container] = group["template"]["spec"]["containers"]
+    limits = container["resources"]["limits"]
+    # Pods of one GPU each would not reach each other over NVLink.
+    assert limits["nvidia.com/gpu"] == "8"
+    # A checkpoint of ZeRO-2 on one node has the weights twice and 12 bytes a parameter; two of them
+    # are there at once with the policy and the model cache, and 100 GiB are left for all else.
+    needed = (2 * (4 + 12) + 2 + 2) * 8.03e9 / 2**30 + 100
+    assert int(limits["ephemeral-storage"].removesuffix("Gi")) > needed
+    if name == "rayjob-gpu.yaml":
+        config = yaml.safe_load(documents(CLUSTER / "kuberay" / name)[0]["data"]["config.yaml"])
+        assert config["train"]["num_workers"] == 8 * group["maxReplicas"]
+        assert config["ray"]["replicas"]["max"] == 8 * group["maxReplicas"]
+
+
 def test_the_ray_version_is_the_tested_one():
     [pinned] = re.findall(r"^ray==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M)
     for path in KUBERNETES:

@@ -467,6 +467,24 @@ def test_greedy_answers_do_not_depend_on_their_batch(generator):
     assert all(0 < reply.num_tokens <= 12 for reply in together)
 
 
+def test_a_tokenizer_without_pad_and_eos_can_be_batched(settings, generator, tmp_path):
+    folder = shutil.copytree(settings.model_name_or_path, tmp_path / "m")
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    file = folder / "tokenizer_config.json"
+    options = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in options.items() if k[:3] not in ("eos", "pad")}))
+    for name in ("special_tokens_map.json",):
+        (folder / name).unlink(missing_ok=True)
+    model = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**model, "eos_token_id": None}))
+    bare = Generator(replace(settings, model_name_or_path=str(folder)))
+    assert bare._tokenizer.pad_token_id is bare._tokenizer.eos_token_id is None
+    prompts = [[5, 6, 7], [5] * 40]
+    found = bare.complete(prompts, temperature=0, seed=0)
+    assert found == [bare.complete([p], temperature=0, seed=0)[0] for p in prompts]
+    assert all(reply.cut and reply.num_tokens == 12 for reply in found)
+
+
 def test_a_prompt_that_nearly_fills_the_context_cuts_itself_alone(generator):
     short, long = [5, 6, 7], [5] * 2044  # of 2048
     beside = generator.complete([short, long, short], temperature=0, seed=0)

@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -383,3 +385,21 @@ def test_a_router_loss_is_trained_on_padded_rows_and_packs_go_without_it(
     else:
         assert metrics["train_path"] == "packed" and "aux_loss" not in log
         assert log["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+@pytest.mark.parametrize("packed", ["on", "off"])
+def test_a_tokenizer_without_any_id_for_padding_trains(settings: Any, packed: str) -> None:
+    folder = Path(settings.model_name_or_path).parent / f"no-padding-{packed}"
+    shutil.copytree(settings.model_name_or_path, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    for name in ("pad_token", "eos_token"):
+        config.pop(name)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.pad_token_id is None and tokenizer.eos_token_id is None
+    expected, before = run(changed(settings, packed=packed))
+    metrics, logs = run(
+        dataclasses.replace(changed(settings, packed=packed), model_name_or_path=str(folder))
+    )
+    assert metrics["train_path"] == expected["train_path"]
+    assert [log["loss"] for log in logs] == pytest.approx([log["loss"] for log in before])

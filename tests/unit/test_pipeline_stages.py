@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fake_hub import fake_hub, next_process
+from fake_hub import FakeHub, cache_dataset, commit, fake_hub, next_process
+from huggingface_hub.errors import HfHubHTTPError
 from support import save_tiny_llama, string_pairs, write_jsonl
 
 from refscale import pipeline
@@ -16,7 +17,7 @@ from refscale.cluster.runtime import ClusterInfo
 from refscale.cluster.trainer import worker_env
 from refscale.config import parse_config
 from refscale.errors import ConfigError, CorpusError, FingerprintError
-from refscale.lineage import weights_of
+from refscale.lineage import require_encoding, require_reference, weights_of
 from refscale.run import Run
 from refscale.scoring.reference import EncodedPairs, ReferenceModel
 from refscale.storage.stages import StageFolder
@@ -230,6 +231,25 @@ def test_who_is_given_no_gpu_uses_none(made, asked, gpus, device, hidden):
     assert env == ({"env_vars": {"CUDA_VISIBLE_DEVICES": ""}} if hidden else {})
 
 
+def test_a_cluster_without_gpus_now_is_said_with_the_keys_to_set(made, capsys):
+    here = replace(made()._cluster, embedded=False)
+    for ray, keys in (
+        ({}, ["gpus_per_replica", "gpus_per_worker"]),
+        ({"gpus_per_replica": 1}, ["gpus_per_worker"]),
+        ({"gpus_per_replica": 0, "gpus_per_worker": 0}, []),
+    ):
+        run = made(ray=ray)
+        run._cluster = here
+        for _ in range(2):
+            for asked in (run.config.ray.gpus_per_replica, run.config.ray.gpus_per_worker):
+                run.gpus(asked)
+        said = capsys.readouterr().err
+        assert [line.split()[2] for line in said.splitlines() if ": 1" in line] == [
+            f"{key}:" for key in keys
+        ]
+        assert said.count("NO GPU") == bool(keys)
+
+
 @pytest.fixture
 def trained_with(monkeypatch):
     """The settings that trainings were started with, none of which was run."""
@@ -281,7 +301,92 @@ def test_scores_name_the_commit_that_scored_and_training_starts_from_it(
         pipeline.train(made(model=pinned))
     next_process(monkeypatch)
     with pytest.raises(FingerprintError, match=f"tokenizer.commit = {pushed}, now it is {later}"):
-        pipeline.prepare(run)
+        pipeline.prepare(made(model=pinned))
+
+
+@pytest.fixture
+def on_hub(made, tmp_path, monkeypatch, tiny_model):
+    """The hub with model org/m and dataset org/d at commits a; makes runs of them."""
+    import datasets
+
+    from refscale.corpus import hf_datasets
+
+    hub = fake_hub(monkeypatch, tmp_path / "hub")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    rows = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in string_pairs(20)]
+
+    def downloaded(models, dataset):
+        """The machine's caches hold these commits and no others."""
+        for folder in ("hub", "datasets"):
+            shutil.rmtree(tmp_path / folder, ignore_errors=True)
+        hf_datasets._load_dataset.cache_clear()
+        for letter in models:
+            hub.download("org/m", letter, tiny_model)
+        if dataset:
+            cache_dataset(tmp_path / "datasets", dataset, rows)
+
+    def pushed(letter):
+        hub.push("org/m", letter)
+        hub.push("org/d", letter)
+        next_process(monkeypatch)
+
+    def make(*, revision=None, model=None, restart=()):
+        source = {"dataset": "org/d", "revision": revision}
+        run = made(
+            model={"model_name_or_path": "org/m", "revision": model},
+            corpus={"sources": [source], "shard_pairs": 10},
+        )
+        run.restart = frozenset(restart)
+        return run
+
+    pushed("a")
+    downloaded("a", "a")
+    yield SimpleNamespace(hub=hub, pushed=pushed, downloaded=downloaded, make=make)
+    hf_datasets._load_dataset.cache_clear()
+
+
+def commits(manifest):
+    """Of the tokenizer and of the first source."""
+    found = manifest["fingerprint"]
+    return found["tokenizer"]["commit"], found["sources"][0]["contents"]["commit"]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_preparing_goes_on_with_the_commits_that_it_began_with(on_hub, monkeypatch, finished):
+    if finished:
+        before = pipeline.prepare(on_hub.make())["identity"]
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline.fragments, "merge_bucket", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                pipeline.prepare(on_hub.make())
+    on_hub.pushed("b")
+    prepared = pipeline.prepare(on_hub.make())
+    assert commits(prepared) == (commit("a"), commit("a"))
+    assert not finished or prepared["identity"] == before
+    # What the config names is what it means, and --restart asks anew.
+    differs = f"commit = {commit('a')}, now it is {commit('b')}"
+    on_hub.downloaded("ab", "a")
+    with pytest.raises(FingerprintError, match=rf"tokenizer\.{differs}"):
+        pipeline.prepare(on_hub.make(model=commit("b")))
+    on_hub.downloaded("ab", "b")
+    with pytest.raises(FingerprintError, match=rf"sources\.0\.contents\.{differs}"):
+        pipeline.prepare(on_hub.make(revision=commit("b")))
+    redone = pipeline.prepare(on_hub.make(restart=["prepare"]))
+    assert commits(redone) == (commit("b"), commit("b"))
+
+
+def test_a_finished_corpus_needs_neither_the_hub_nor_a_cache(on_hub, monkeypatch):
+    prepared = pipeline.prepare(on_hub.make())
+    on_hub.downloaded("", "")
+    next_process(monkeypatch)
+    on_hub.hub.failing = lambda: HfHubHTTPError("slow down", response=FakeHub.response(429))
+    run = on_hub.make()
+    assert pipeline.prepare(run)["identity"] == prepared["identity"]
+    # Nor do the stages that build on it, before a model is loaded.
+    require_encoding(run.config, prepared)
+    scored = {"model": prepared["fingerprint"]["tokenizer"], "adapter": None}
+    assert require_reference(run.config, {"fingerprint": scored}).revision == commit("a")
 
 
 @pytest.mark.parametrize("loss", ["deleted", "damaged", "garbled"])

@@ -406,7 +406,12 @@ def test_mfu_is_told_only_where_the_peak_is_known(finished, tmp_path):
     made = make_run(tmp_path, "score")
     path = "scores/MANIFEST.json"
     manifest = made.store.read_json(path)
-    for device in ("NVIDIA H100 PCIe", "cpu, 2 cores"):
+    for device, peak in (("NVIDIA L40S", 362e12), ("NVIDIA A100-SXM4-80GB", 312e12)):
+        manifest["details"]["engine"]["device"] = device
+        made.store.write_json(path, manifest)
+        scoring = report_json(made.data())["scoring"]
+        assert scoring["mfu"] == pytest.approx(10e12 / 7 / peak)
+    for device in ("NVIDIA H100 PCIe", "NVIDIA L40", "cpu, 2 cores"):
         manifest["details"]["engine"]["device"] = device
         made.store.write_json(path, manifest)
         assert report_json(made.data())["scoring"]["mfu"] is None

@@ -1,10 +1,12 @@
 """What SECURITY.md promises and a bare process can show."""
 
 import ast
+import itertools
 import json
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from refscale.cli import main
 from refscale.cluster import submission
 from refscale.config import TrainConfig, parse_config
 from refscale.config_file import load_config
-from refscale.errors import ConfigError, ModelError, StorageError
+from refscale.errors import ConfigError, ModelError, RefscaleError, StorageError
 from refscale.evaluation.generation import Generator, GeneratorSettings
 from refscale.run import Run, claim
 from refscale.scoring.reference import ReferenceModel
@@ -320,10 +322,73 @@ def test_a_jobs_log_cannot_drive_the_terminal(monkeypatch, capsys):
             raise ConnectionError("lost")
 
     monkeypatch.setattr(submission, "_tail", tail)
-    monkeypatch.setattr(submission, "_poll", lambda client, job, what: "RUNNING")
+    states = iter(["RUNNING", "SUCCEEDED"])
+    monkeypatch.setattr(submission, "_poll", lambda client, job, what: next(states))
+    monkeypatch.setattr(submission, "_RECONNECT_S", 0.0)
     monkeypatch.setattr(submission, "_ray_errors", lambda: (ConnectionError,))
     submission._follow(None, "job")
     assert capsys.readouterr().out == "one\\x1b[2J\n50%\n100%\ntwo\n"
+
+
+class Connections:
+    """Ray's client, of scripted answers: an error is raised, others are the log or the state."""
+
+    def __init__(self, logs, states):
+        self.logs, self.states = iter(logs), iter(states)
+
+    async def tail_job_logs(self, job):
+        for piece in next(self.logs):
+            if isinstance(piece, Exception):
+                raise piece
+            yield piece
+
+    def get_job_info(self, job):
+        state = next(self.states)
+        if isinstance(state, Exception):
+            raise state
+        return SimpleNamespace(status=state, driver_exit_code=3, message="its reason")
+
+
+LOST = RuntimeError("WebSocket connection closed unexpectedly with close code 1006")
+DOWN = ConnectionError("refused")
+
+
+@pytest.mark.parametrize(
+    ("logs", "states"),
+    [
+        # The dashboard is still down when it is asked.
+        ([["one\n", LOST], ["one\ntwo\n"]], [DOWN, DOWN, "RUNNING", "SUCCEEDED"]),
+        # Every close code but 1006 looks like the log's end.
+        ([["one\n"], ["one\n", "two\n"]], ["RUNNING", "SUCCEEDED"]),
+        # The job ends while the connection is lost, and its last lines are not yet seen.
+        ([["one\n", LOST], [LOST], ["one\ntwo\n"]], ["RUNNING", "SUCCEEDED", "SUCCEEDED"]),
+        # They cannot be seen any more.
+        ([["one\ntwo\n", LOST], [LOST]], ["SUCCEEDED", "SUCCEEDED"]),
+    ],
+    ids=["dashboard down", "closed normally", "ended meanwhile", "log gone"],
+)
+def test_a_lost_connection_ends_neither_the_log_nor_the_job(monkeypatch, capsys, logs, states):
+    monkeypatch.setattr(submission, "_RECONNECT_S", 0.0)
+    client = Connections(logs, states)
+    submission._follow(client, "job-1")
+    assert capsys.readouterr().out == "one\ntwo\n"
+    assert list(client.states) == list(client.logs) == []
+
+
+def test_a_cluster_that_stays_away_is_given_up_with_the_way_back(monkeypatch, capsys):
+    monkeypatch.setattr(submission, "_RECONNECT_S", 0.01)
+    monkeypatch.setattr(submission, "_ANSWERS_WITHIN_S", 0.05)
+    client = Connections([[LOST]], itertools.repeat(DOWN))
+    with pytest.raises(RefscaleError, match=r"refused.* gave up .*`ray job logs -f job-1`"):
+        submission._follow(client, "job-1")
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("cannot ask for job job-1: refused") == said.count("trying again for") == 1
+
+
+@pytest.mark.parametrize(("state", "code"), [("SUCCEEDED", 0), ("STOPPED", 130), ("FAILED", 3)])
+def test_the_exit_code_waits_for_a_dashboard_that_is_away(monkeypatch, state, code):
+    monkeypatch.setattr(submission, "_RECONNECT_S", 0.0)
+    assert submission._exit_code(Connections([], [DOWN, *[state] * 3]), "job-1") == code
 
 
 def test_wrong_stages_are_refused_before_anything_is_sent(tmp_path):

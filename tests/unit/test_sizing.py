@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +13,7 @@ from support import string_pairs, write_jsonl
 
 from refscale.config import parse_config
 from refscale.errors import ConfigError, ModelError
-from refscale.selection.order import SelectionSpec
+from refscale.selection.order import Group, SelectionSpec
 from refscale.sizing import footprint
 from refscale.sizing.footprint import Assumptions, model_shape, parse_gpus
 from refscale.sizing.lengths import of_means, of_pairs, of_run, of_sources, read_means
@@ -33,6 +34,7 @@ LLAMA_8B = {
     "tie_word_embeddings": False,
 }
 GIB = 2**30
+ROOT = Path(__file__).resolve().parents[2]
 # q and o 2 * 4096^2, k and v 2 * 4096 * 1024, MLP 3 * 4096 * 14336, in 32 layers.
 BACKBONE = 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
 # Two vocabulary matrices, and two norms a layer plus the last.
@@ -294,6 +296,72 @@ def test_a_stage_that_does_not_fit_is_a_note_with_what_would(llama):
     assert notes("1xL4", deepspeed={"train_batch_size": "auto"}) == []
 
 
+def test_gradient_checkpointing_is_named_with_its_memory_where_a_stage_does_not_fit(llama):
+    shape = model_shape(make_config(llama))
+    lengths = of_means(10, 400, 300, 300)
+
+    def note(gpus, **train):
+        config = make_config(llama, train={"num_workers": 8, **train})
+        sizing = plan(config, lengths, gpus=gpus, model=shape)
+        [found] = [note for note in sizing.notes if "does not fit" in note]
+        return found
+
+    # 8 pairs of 998 rows: 47.9 GiB of activations, and 3.4 where each layer is computed again.
+    found = note("8xH100")
+    assert found.startswith("zero2 does not fit: 82.8 GiB on each of 8 GPU(s), which have 79.1; ")
+    assert found.endswith(
+        "; train.gradient_checkpointing: true (38.5 GiB) or train.num_workers: 16 with as many GPUs"
+        " or train.deepspeed: zero3"
+    )
+    assert note("8xL4").endswith(
+        "; a smaller micro-batch; train.gradient_checkpointing: true (38.5 GiB) is not enough alone"
+    )
+    # It is on already, so it is no way out.
+    assert "gradient_checkpointing" not in note("8xL4", gradient_checkpointing=True)
+
+
+def shipped_configs():
+    """The configs for 8 GPUs that the README and the RayJob have."""
+    job = (ROOT / "cluster/kuberay/rayjob-gpu.yaml").read_text()
+    readme = re.search(r"^    model:\n(?:(?:    .*)?\n)+", (ROOT / "README.md").read_text(), re.M)
+    yield "README", yaml.safe_load(readme[0])
+    yield "RayJob", yaml.safe_load(next(yaml.safe_load_all(job))["data"]["config.yaml"])
+
+
+@pytest.mark.parametrize("values", [pytest.param(v, id=name) for name, v in shipped_configs()])
+def test_an_8b_model_fits_with_the_configs_that_are_shipped(llama, values):
+    config = parse_config({**values, "model": {"model_name_or_path": str(llama)}})
+    assert config.train.num_workers == 8
+    lengths = of_means(10, 400, 300, 300, max_length=config.encoding.max_length)
+    sizing = plan(config, lengths, gpus="8xH100")
+    assert sizing.worker_memory[sizing.stage].fits
+
+
+def test_averages_are_sized_for_a_pair_that_fills_max_length(tmp_path, llama):
+    path = tmp_path / "config.yaml"
+    config = make_config(llama, encoding={"max_length": 1024}, train={"num_workers": 8})
+    path.write_text(yaml.safe_dump(config.model_dump()))
+    sizing = size_run(str(path), gpus="8xH100", lengths="400,300,300", num_pairs=1000)
+    # 8 pairs, both of whose sides have 1024 rows; the mean pair has 998 and would take half.
+    row = 2 * 32 * (8 * 4096 + 2 * 128 * (32 + 8) + 4 * 14336)
+    activations = sizing.worker_memory["zero2"].parts["activations"]
+    assert activations == pytest.approx(8 * 2048 * row / GIB)
+    assert sizing.lengths.origin.endswith("sides fill encoding.max_length, 1,024")
+    # All else is that of the average.
+    assert sizing.flops["scoring"] == pytest.approx(
+        plan(config, of_means(1000, 400, 300, 300), gpus="8xH100").flops["scoring"]
+    )
+
+
+def test_what_gpus_send_each_other_is_said_to_be_not_modelled(llama):
+    def said(workers):
+        config = make_config(llama, train={"num_workers": workers})
+        lines = plan(config, of_means(10, 4, 4, 4), gpus="8xH200").lines()
+        return [value for _, value in lines if "is not modelled" in value]
+
+    assert len(said(8)) == 1 and said(1) == []
+
+
 def test_idle_gpus_in_training_are_a_note(llama):
     shape = model_shape(make_config(llama))
     lengths = of_means(10, 4, 4, 4)
@@ -418,7 +486,8 @@ def test_a_count_of_each_source_is_kept_of_each_that_is_trained_on(llama):
     each = sized(count=100_000, per_source=True)
     # As the selection counts: three groups, of any size that holds so many.
     spec = SelectionSpec(count=100_000, per_source=True)
-    ranks = [spec.ranks(total, "source") for total in (100_000, 300_000, 600_000)]
+    totals = {Group("a"): 100_000, Group("b"): 300_000, Group("c"): 600_000}
+    ranks = spec.ranks(totals).values()
     assert each.pairs["kept"] == sum(stop - start for start, stop in ranks) == 300_000
     assert any("select.count is 100,000 of each of 3 source(s)" in note for note in each.notes)
     assert sized(count=500_000, per_source=True).pairs["kept"] == 1_000_000

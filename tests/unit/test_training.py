@@ -188,6 +188,7 @@ def test_overridden_private_methods_are_still_trls() -> None:
         "_prepare_input": ["self", "data"],
         "_get_train_sampler": ["self", "train_dataset"],
         "_get_grad_norm": ["self", "model", "grad_norm"],
+        "save_model": ["self", "output_dir", "_internal_call"],
     }.items():
         assert list(inspect.signature(getattr(DPOTrainer, name)).parameters) == parameters
     assert callable(trl_dpo.hash_module)

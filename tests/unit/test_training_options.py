@@ -17,7 +17,7 @@ from refscale.errors import ConfigError
 from refscale.run import Run
 from refscale.storage.store import Store
 from refscale.training import checks
-from refscale.training.options import dpo_arguments
+from refscale.training.options import deciding_options, dpo_arguments
 from refscale.training.presets import deepspeed_config, peft_config, zero_stage
 
 
@@ -276,3 +276,21 @@ def test_lora_options() -> None:
         peft_config({"layers_pattern": "layers"})
     with pytest.raises(ConfigError, match="holds lm_head"):
         peft_config({"target_modules": ["q_proj", "lm_head"]})
+
+
+@pytest.mark.parametrize(
+    ("changes", "decide"),
+    [
+        ({}, set()),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, {"eval_steps"}),
+        ({"load_best_model_at_end": True}, {"eval_steps", "save_steps"}),
+    ],
+)
+def test_when_is_saved_and_measured_decides_only_what_goes_by_it(
+    changes: dict[str, Any], decide: set[str]
+) -> None:
+    measured = {"eval_steps": 50, "save_steps": 100, **changes}
+    kept = deciding_options(TrainConfig.model_validate(measured).model_dump())
+    for name, value in {"eval_steps": 25, "save_steps": 1000, "start_check_pairs": 2}.items():
+        other = TrainConfig.model_validate({**measured, name: value}).model_dump()
+        assert (deciding_options(other) != kept) == (name in decide), name

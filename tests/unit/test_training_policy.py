@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import json
 import math
+import shutil
+import types
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from training_support import (
     LN2,
     VOCAB,
     changed,
+    make_trainer,
     model_dir,
     rows,
     run,
@@ -49,7 +53,7 @@ from refscale import schema
 from refscale.errors import ConfigError, ModelError, TrainingError
 from refscale.training import worker
 from refscale.training.data import load_selection
-from refscale.training.policy import load_policy
+from refscale.training.policy import gathers_weights, load_policy, save_policy
 from refscale.training.worker import WorkerSettings, run_worker
 
 __all__ = ["model_dir", "rows", "settings"]  # fixtures, which pytest finds by their names here
@@ -180,6 +184,67 @@ def test_the_policys_config_is_the_references(
     )
     assert reference["use_cache"] is True
     assert policy == reference
+
+
+@pytest.mark.parametrize("peft", [None, {"r": 4, "target_modules": ["q_proj"]}])
+def test_sampling_flags_without_do_sample_are_saved_as_they_came(
+    settings: WorkerSettings, tmp_path: Path, peft: Any
+) -> None:
+    folder = tmp_path / "sampling"
+    shutil.copytree(settings.model_name_or_path, folder)
+    # No pad token: the trainer puts in the tokenizer's, after which transformers is strict.
+    flags = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": 1}
+    (folder / "generation_config.json").write_text(json.dumps(flags))
+    asked = changed(settings, max_steps=2, save_steps=1, peft=peft)
+    run(dataclasses.replace(asked, model_name_or_path=str(folder)))
+    saved = json.loads((Path(settings.policy_dir) / "generation_config.json").read_text())
+    assert saved.items() >= flags.items() and "do_sample" not in saved
+
+
+class Accelerator:
+    """accelerate's, of a rank that writes nothing."""
+
+    is_main_process = False
+
+    def __init__(self, stage: int | None) -> None:
+        self.distributed_type = DistributedType.MULTI_GPU
+        if stage is not None:
+            self.distributed_type = DistributedType.DEEPSPEED
+            self.deepspeed_config = {"zero_optimization": {"stage": stage}}
+        self.copied = 0
+
+    def get_state_dict(self, model: Any) -> dict[str, Any]:
+        self.copied += 1
+        return {}
+
+    def wait_for_everyone(self) -> None:
+        """Nobody else is there."""
+
+
+@pytest.mark.parametrize(("stage", "copies"), [(None, 0), (1, 0), (2, 0), (3, 1)])
+def test_ranks_that_write_nothing_take_the_weights_only_where_they_are_gathered(
+    settings: WorkerSettings, stage: int | None, copies: int
+) -> None:
+    accelerator: Any = Accelerator(stage)
+    trainer: Any = types.SimpleNamespace(accelerator=accelerator, model_wrapped=None)
+    save_policy(trainer, None, settings, "")
+    assert accelerator.copied == copies == gathers_weights(accelerator)
+
+
+@pytest.mark.parametrize(("stage", "copies"), [(2, 0), (3, 1)])
+def test_checkpoints_copy_the_weights_on_the_writing_rank_unless_they_are_gathered(
+    settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch, stage: int, copies: int
+) -> None:
+    saved: list[Any] = []
+    monkeypatch.setattr(DPOTrainer, "save_model", lambda self, *args: saved.append(args))
+    trainer = make_trainer(settings)
+    trainer.is_deepspeed_enabled, trainer.accelerator = True, Accelerator(stage)
+    monkeypatch.setattr(type(trainer.args), "should_save", False)
+    trainer.save_model("checkpoint")
+    assert len(saved) == copies
+    monkeypatch.setattr(type(trainer.args), "should_save", True)
+    trainer.save_model("checkpoint")
+    assert len(saved) == copies + 1
 
 
 def test_training_raises_the_margin_on_its_pairs(

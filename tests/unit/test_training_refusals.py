@@ -98,8 +98,11 @@ def test_a_loss_that_is_not_finite_names_its_step(
             return loss * float("nan") if self.state.global_step == 1 else loss
 
     monkeypatch.setattr(worker, "PrecomputedDPOTrainer", Broken)
-    with pytest.raises(TrainingError, match=r"the loss is nan at step 2 on rank 0; lower"):
+    with pytest.raises(
+        TrainingError, match=r"the loss is nan at step 2 on rank 0; lower"
+    ) as raised:
         run(settings)
+    assert "or set train.bf16: false, and run the same command again" in str(raised.value)
 
 
 def test_gradients_that_are_not_finite_end_it_before_a_policy_is_saved(
@@ -157,6 +160,8 @@ def test_out_of_memory_says_what_to_change(
         "train.per_device_train_batch_size: 2 with train.gradient_accumulation_steps: 2" in message
     )
     assert "train.gradient_checkpointing: true" in message
+    assert "encoding.max_length (now 64), and run the same command again; where it" in message
+    assert "`refscale train --restart` begins without it" in message
     assert "\n" not in message
     budgeted = changed(settings)
     budgeted.train["token_budget"] = 400

@@ -21,7 +21,12 @@ from transformers import (
 
 from refscale.errors import TrainingError
 from refscale.training import worker
-from refscale.training.checkpoints import CHECKPOINT_FILE, check_checkpoint, checkpoint_record
+from refscale.training.checkpoints import (
+    CHECKPOINT_FILE,
+    check_checkpoint,
+    checkpoint_record,
+    files_to_load,
+)
 from refscale.training.dpo_trainer import PrecomputedDPOTrainer
 from refscale.training.worker import WorkerSettings
 
@@ -125,3 +130,55 @@ def test_resume_is_refused_from_other_folders_and_settings(
     check_checkpoint(str(tmp_path), settings)
     with pytest.raises(TrainingError, match="seed was 42 and is now 7"):
         check_checkpoint(str(tmp_path), changed(settings, seed=7))
+
+
+def test_a_checkpoint_is_let_go_when_all_of_it_is_read(
+    settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    class Reading(PrecomputedDPOTrainer):
+        def _load_rng_state(self, checkpoint: Any) -> None:
+            read.append("random states")
+            super()._load_rng_state(checkpoint)
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            read.append(f"step {self.state.global_step + 1}")
+            return super().training_step(*args, **kwargs)
+
+    folders: list[str] = []
+    saving = changed(settings, save_steps=1, save_total_limit=5)
+    run(saving, on_save=lambda folder, metrics: folders.append(folder))
+    monkeypatch.setattr(worker, "PrecomputedDPOTrainer", Reading)
+    run(saving, resume_from=folders[0], on_loaded=lambda: read.append("let go"))
+    assert read == ["random states", "let go", "step 2", "step 3"]
+    read.clear()
+    run(saving, on_loaded=lambda: read.append("let go"))
+    assert read == ["step 1", "step 2", "step 3"]
+
+
+SHARED = ["trainer_state.json", "scheduler.pt", "refscale_checkpoint.json", "latest"]
+ZERO2 = [f"g/bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1, 11)]
+ZERO3 = [f"g/zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in (0, 1, 11)]
+RANDOM = [f"rng_state_{rank}.pth" for rank in (0, 1, 11)]
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "own", "shared", "unread"),
+    [
+        ("zero2", ZERO2, ["g/mp_rank_00_model_states.pt"], ["model.safetensors"]),
+        ("zero3", [*ZERO2, *ZERO3], [], ["model-00001-of-00002.safetensors"]),
+        (None, [], ["model.safetensors", "optimizer.pt", "adapter_model.safetensors"], []),
+    ],
+)
+def test_a_rank_reads_its_own_files_of_a_checkpoint_and_what_all_read(
+    deepspeed: Any, own: list[str], shared: list[str], unread: list[str]
+) -> None:
+    names = [*SHARED, *RANDOM, *own, *shared, *unread]
+    mine, ours = files_to_load(names, {"deepspeed": deepspeed}, 1)
+    assert mine == [name for name in names if "rank_1_" in name or name == "rng_state_1.pth"]
+    assert ours == [*SHARED, *shared]
+    _, best = files_to_load(names, {"deepspeed": deepspeed}, 1, best=True)
+    assert best == [name for name in ours if name != "optimizer.pt"]
+    # A DeepSpeed config of one's own may load by other rules.
+    assert files_to_load(names, {"deepspeed": {"stage": 2}}, 1) == ([], names)
