@@ -210,8 +210,11 @@ def _cell(value: Any) -> str:
 
 def _size_category(pairs: int) -> str:
     """The hub's name for the order of magnitude."""
-    bounds = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"))
-    return next((name for bound, name in bounds if pairs < bound), "100K<n")
+    names = ("", "1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
+    power = max(0, len(str(pairs)) - 3)
+    if power >= len(names) - 1:
+        return f"n>{names[-1]}"
+    return f"{names[power]}<n<{names[power + 1]}".removeprefix("<")
 
 
 _CARD = """---

@@ -225,7 +225,8 @@ class Generator:
         from transformers import GenerationConfig
 
         length = max(map(len, prompts))
-        pad = self._tokenizer.pad_token_id
+        # Masked, so that any id serves a tokenizer without pad and eos.
+        pad = self._tokenizer.pad_token_id or 0
         padded = [[pad] * (length - len(prompt)) + list(prompt) for prompt in prompts]
         seen = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         device = self._model.device
@@ -242,7 +243,7 @@ class Generator:
                 generation_config=GenerationConfig(
                     max_new_tokens=room,
                     pad_token_id=pad,
-                    eos_token_id=self._stops,
+                    eos_token_id=self._stops or None,
                     repetition_penalty=1.0,
                     **sampling,
                 ),

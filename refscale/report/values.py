@@ -15,6 +15,7 @@ from refscale.config import Config
 from refscale.progress import say
 from refscale.report.verdict import Values, verdict
 from refscale.selection.statistics import LARGE_LEAN, length_lean
+from refscale.sizing.footprint import GPUS
 from refscale.storage.stages import STAGE_COMMANDS, StageFolder
 from refscale.storage.store import Store
 from refscale.training.log import LOG_FILE, read_log
@@ -30,9 +31,9 @@ CURVES = (
     "eval_rewards/margins",
     "eval_rewards/accuracies",
 )
-# Dense FLOP/s in 16 bits, of the maker's data sheets; of Hopper the SXM cards', the others are
+# Dense FLOP/s in 16 bits by the model in a device's name; of Hopper the SXM cards', the others are
 # slower.
-_PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+_PEAKS = {name.partition("-")[0]: gpu.bf16_tflops * 1e12 for name, gpu in GPUS.items()}
 _SLOWER = ("PCIe", "NVL")
 # A quarter of the key's variance is then that of length: r^2 = 0.25.
 _LARGE_CORRELATION = 0.5
@@ -283,7 +284,10 @@ def _peak_flops(engine: Mapping[str, Any], gpus_per_replica: float | None) -> fl
     device = str(engine.get("device", ""))
     if any(name in device for name in _SLOWER) and "A100" not in device:
         return None
-    return next((peak * gpus for name, peak in _PEAKS.items() if name in device), None)
+    # An L40 is no L4.
+    return next(
+        (peak * gpus for name, peak in _PEAKS.items() if re.search(rf"{name}\b", device)), None
+    )
 
 
 def _training(data: ReportData) -> Values | None:

@@ -79,9 +79,22 @@ class Lengths:
 
 
 def of_means(
-    num_pairs: int, prompt: float, chosen: float, rejected: float, *, holdout_fraction: float = 0.0
+    num_pairs: int,
+    prompt: float,
+    chosen: float,
+    rejected: float,
+    *,
+    holdout_fraction: float = 0.0,
+    max_length: int | None = None,
 ) -> Lengths:
-    """Of a corpus whose pairs all have these numbers of tokens and share nothing between pairs."""
+    """Of a corpus whose pairs have these numbers of tokens and share nothing between pairs.
+
+    Averages say nothing of the longest pair, which decides memory. With `max_length`, which bounds
+    prompt + completion, it is one whose two sides fill that; else as long as the average.
+    """
+    origin = f"given: {prompt:g} + {chosen:g} + {rejected:g} tokens a pair"
+    if max_length is not None:
+        origin += f"; memory is for a pair whose sides fill encoding.max_length, {max_length:,}"
     leaves = [max(side - 1, 0) for side in (chosen, rejected)]
     context = prompt * (prompt + 1) / 2
     context += sum(leaf * prompt + leaf * (leaf + 1) / 2 for leaf in leaves)
@@ -93,8 +106,8 @@ def of_means(
         head_rows=num_pairs * (chosen + rejected),
         context=num_pairs * context,
         padded_tokens=num_pairs * (2 * prompt + chosen + rejected),
-        longest=round(prompt + sum(leaves)),
-        origin=f"given: {prompt:g} + {chosen:g} + {rejected:g} tokens a pair",
+        longest=2 * max_length if max_length is not None else round(prompt + sum(leaves)),
+        origin=origin,
     )
 
 
