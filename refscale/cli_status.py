@@ -11,7 +11,7 @@ from typing import Any
 from refscale.errors import StorageError
 from refscale.storage.stages import STAGE_FILE, STAGE_PARENTS, StageFolder
 from refscale.storage.store import Store
-from refscale.training.log import read_log
+from refscale.training.log import last_row
 
 _FOLDERS = (
     ("corpus", "prepare"),
@@ -56,12 +56,12 @@ def _begun(folder: StageFolder) -> str:
         return "not done"
     if folder.stage == "policy":
         try:
-            log = read_log(StageFolder(folder.store, "training"))
+            row = last_row(StageFolder(folder.store, "training"))
         except ValueError:
             return "unfinished, its log is damaged"
-        if not log:
+        if not row:
             return "begun"
-        return f"unfinished, step {log[-1].get('step', 0)} of {log[-1].get('max_steps', '?')}"
+        return f"unfinished, step {row.get('step', 0)} of {row.get('max_steps', '?')}"
     units = len(folder.part("fragments").recorded_shards())
     shards = len(folder.recorded_shards())
     read = f"{units:,} unit(s) read, " if units else ""

@@ -5,7 +5,6 @@ what differs. A stage compares its own folder with its own settings; this is for
 it shares with others, such as the commit of a model on the hub.
 """
 
-import hashlib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +16,6 @@ from refscale.progress import say
 from refscale.storage.fingerprints import (
     first_difference,
     hub_commit,
-    is_commit,
     model_fingerprint,
     pinned_revision,
     split_revision,
@@ -42,16 +40,9 @@ def finished_before(folder: StageFolder) -> dict[str, Any] | None:
 def weights_of(model: ModelConfig) -> dict[str, Any]:
     """What identifies the reference model."""
     return {
-        "model": _identified(model.model_name_or_path, model.revision),
-        "adapter": model.adapter and _identified(*split_revision(model.adapter)),
+        "model": model_fingerprint(model.model_name_or_path, model.revision),
+        "adapter": model.adapter and model_fingerprint(model.adapter, None),
     }
-
-
-def _identified(name: str, revision: str | None) -> dict[str, str]:
-    """`model_fingerprint`, but a commit is not asked for: whoever pinned it has seen to that."""
-    if not os.path.isdir(name) and revision is not None and is_commit(revision):
-        return {"commit": revision}
-    return model_fingerprint(name, revision)
 
 
 def pinned_model(model: ModelConfig, before: Mapping[str, Any] | None = None) -> ModelConfig:
@@ -112,21 +103,6 @@ def _is_not_there(error: StorageError) -> bool:
     return isinstance(error.__cause__, absent)
 
 
-def tokenizer_of(settings: EncoderSettings) -> dict[str, str]:
-    """`tokenizer_fingerprint`, but a commit is not asked for, as in `weights_of`.
-
-    Raises:
-        ModelError: Neither a folder nor a resolvable hub id.
-    """
-    if os.path.isdir(settings.model_name_or_path) or not is_commit(settings.revision):
-        return tokenizer_fingerprint(settings)
-    template = settings.chat_template
-    found = {"commit": str(settings.revision)}
-    if template is not None:
-        found["model.chat_template"] = hashlib.sha256(template.encode()).hexdigest()
-    return found
-
-
 def require_lineage(manifests: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuse stages of which one was made from another version of an earlier one than is there.
 
@@ -170,7 +146,7 @@ def require_tokenizer(config: Config, prepared: dict[str, Any]) -> None:
     model, before = config.model, prepared["fingerprint"]["tokenizer"]
     revision = pinned(model.model_name_or_path, model.revision, before)
     settings = EncoderSettings.of(config, revision)
-    _require(prepared, {"tokenizer": tokenizer_of(settings)})
+    _require(prepared, {"tokenizer": tokenizer_fingerprint(settings)})
 
 
 def _require(prepared: dict[str, Any], asked: dict[str, Any]) -> None:

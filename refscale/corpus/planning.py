@@ -11,13 +11,13 @@ from typing import Any
 
 from refscale.config import Config, CorpusConfig, ModelConfig, Source
 from refscale.config_file import explain_model_name
-from refscale.corpus.encoding import EncoderSettings
+from refscale.corpus.encoding import EncoderSettings, tokenizer_fingerprint
 from refscale.corpus.pairs import Pair, Refusal
 from refscale.corpus.reading import Row, read_rows
 from refscale.corpus.shapes import canonical_pair, detect_shape
 from refscale.corpus.sources import LocatedSource, Unit, contents, locate, plan_units, unit_bytes
 from refscale.errors import CorpusError, ModelError, StorageError
-from refscale.lineage import pinned, tokenizer_of
+from refscale.lineage import pinned
 from refscale.storage.fingerprints import digest
 
 # Raised when the same rows would be prepared to other bytes: a run made before is then refused.
@@ -143,13 +143,14 @@ def unchanged(config: Config, manifest: Mapping[str, Any] | None) -> dict[str, A
         if not known and contents(locate(source, i)) != had["contents"]:
             return None
     revision = _tokenizer_revision(config.model, before["tokenizer"])
-    tokenizer = tokenizer_of(EncoderSettings.of(config, revision))
+    tokenizer = tokenizer_fingerprint(EncoderSettings.of(config, revision))
     return before if tokenizer == before["tokenizer"] else None
 
 
 def _at_commits(sources: Sequence[Source], before: Sequence[Mapping[str, Any]]) -> list[Source]:
     """The sources, with hub datasets that are not pinned at the commits that `before` has."""
     commits = [(had.get("dataset"), had.get("contents", {}).get("commit")) for had in before]
+    # Of a begun corpus whose config had fewer sources, of which `begin` will say what differs.
     commits += [(None, None)] * (len(sources) - len(commits))
     return [
         source.model_copy(update={"revision": commit})
@@ -268,6 +269,6 @@ def _fingerprint(
         ],
         "corpus": corpus.model_dump(exclude={"sources", "max_bad_fraction"}),
         "encoding": config.encoding.model_dump(),
-        "tokenizer": tokenizer_of(settings),
+        "tokenizer": tokenizer_fingerprint(settings),
         "code": CODE_VERSION,
     }

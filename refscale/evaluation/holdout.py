@@ -192,7 +192,7 @@ def evaluate_pairs(table: pa.Table, beta: float, *, seed: int = 0) -> dict[str, 
             # Where all win or lose no resample differs, and an interval would claim certainty.
             if estimates[name]["value"] in (0, 1):
                 num_prompts = int(mine.max()) + 1
-                estimates[name] = _wilson(int(estimates[name]["value"]) * num_prompts, num_prompts)
+                estimates[name] = wilson(int(estimates[name]["value"]) * num_prompts, num_prompts)
         return {
             "n": int(rows.size),
             "reward_accuracy": {"before": _exactly(0.5), "after": estimates["reward_accuracy"]},
@@ -278,19 +278,19 @@ def label_purity(
     result: dict[str, Any] = {
         "n": n,
         "n_kept": n_kept,
-        "corpus": _wilson(int(right.sum()), n),
+        "corpus": wilson(int(right.sum()), n),
         "kept": None,
         "random": None,
         "random_expected": purity,
         "random_sd": None,
-        "auc": _auc(keys, right),
+        "auc": auc(keys, right),
     }
     if n_kept:
         subset = np.random.default_rng(seed).choice(n, size=n_kept, replace=False)
         # Variance of a mean of n_kept draws without replacement.
         variance = purity * (1 - purity) / n_kept * ((n - n_kept) / (n - 1) if n > 1 else 0.0)
-        result["kept"] = _wilson(int(right[kept].sum()), n_kept)
-        result["random"] = _wilson(int(right[subset].sum()), n_kept)
+        result["kept"] = wilson(int(right[kept].sum()), n_kept)
+        result["random"] = wilson(int(right[subset].sum()), n_kept)
         result["random_sd"] = float(np.sqrt(variance))
     return result
 
@@ -371,7 +371,7 @@ def _means(values: dict[str, np.ndarray], prompts: np.ndarray, seed: int) -> dic
     }
 
 
-def _wilson(successes: int, n: int) -> Estimate:
+def wilson(successes: int, n: int) -> Estimate:
     """A proportion with Wilson's 95 % score interval, which stays within [0, 1]."""
     p, z2 = successes / n, _Z95**2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
@@ -384,7 +384,7 @@ def _wilson(successes: int, n: int) -> Estimate:
     }
 
 
-def _auc(keys: np.ndarray, positive: np.ndarray) -> float | None:
+def auc(keys: np.ndarray, positive: np.ndarray) -> float | None:
     """Mann-Whitney U / (n1 n0), with midranks for ties."""
     n1 = int(positive.sum())
     n0 = positive.size - n1

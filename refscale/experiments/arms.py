@@ -10,6 +10,7 @@ from itertools import product
 from refscale.config import Config, SelectConfig
 from refscale.errors import ConfigError
 from refscale.selection.strategies import STRATEGIES
+from refscale.storage.store import Store
 
 FULL = "full"
 RANDOM = "random"
@@ -104,3 +105,13 @@ def arm_config(config: Config, arm: Arm, seed: int) -> Config:
     )
     train = config.train.model_copy(update={"seed": seed})
     return config.model_copy(update={"select": select, "train": train})
+
+
+def arm_folder(arm: Arm, seed: int) -> str:
+    """Where an arm's run is, in the run that the arms share."""
+    return f"arms/{arm.folder}/seed-{seed}"
+
+
+def arm_store(store: Store, arm: Arm, seed: int) -> Store:
+    """The store of an arm's run, from that of the run that the arms share."""
+    return Store(store.uri_of(arm_folder(arm, seed)))

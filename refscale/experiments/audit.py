@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from rich.table import Table
 
 from refscale.errors import ConfigError
-from refscale.evaluation.holdout import _auc, _wilson, known_labels
+from refscale.evaluation.holdout import auc, known_labels, wilson
 from refscale.progress import console, literal, say
 from refscale.schema import HOLDOUT, TRAIN
 from refscale.selection.strategies import (
@@ -162,8 +162,8 @@ def doubt_quality(flipped: np.ndarray, mean_margins: np.ndarray) -> dict[str, An
         "n": n,
         "n_flipped": wrong,
         "base_rate": wrong / n,
-        "auc": _auc(np.asarray(mean_margins, dtype=np.float64), ~flipped),
-        "precision": {str(k): _wilson(int(found[k - 1]), k) for k in sizes},
+        "auc": auc(np.asarray(mean_margins, dtype=np.float64), ~flipped),
+        "precision": {str(k): wilson(int(found[k - 1]), k) for k in sizes},
     }
 
 

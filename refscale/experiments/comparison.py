@@ -21,15 +21,26 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from refscale import schema
 from refscale.config import Config
 from refscale.errors import ConfigError, EvaluationError, FingerprintError
-from refscale.evaluation.holdout import number_prompts, prompt_ids
-from refscale.experiments.arms import FULL, Arm, arm_config, grid, parse_arm
+from refscale.experiments.arms import (
+    FULL,
+    Arm,
+    arm_config,
+    arm_folder,
+    arm_store,
+    grid,
+    parse_arm,
+)
+from refscale.experiments.outcomes import (
+    by_measure,
+    notes_on,
+    on_shared_pairs,
+    outcomes,
+    shared_prompts,
+)
 from refscale.experiments.statistics import summarise
 from refscale.lineage import fingerprint_before
 from refscale.progress import say
@@ -47,23 +58,6 @@ from refscale.training.resumption import as_begun
 
 if TYPE_CHECKING:
     from refscale.run import Run
-
-# Per held-out pair; see `outcomes`.
-OUTCOMES = pa.schema(
-    [
-        pa.field("pair_id", pa.binary(16), nullable=False),
-        pa.field("source", pa.string(), nullable=False),
-        pa.field("reward_accuracy", pa.float64(), nullable=False),
-        pa.field("reward_margin", pa.float64(), nullable=False),
-        pa.field("ranking_accuracy", pa.float64(), nullable=False),
-        pa.field("chosen_mean_logps", pa.float64(), nullable=False),
-    ]
-)
-MEASURES = tuple(OUTCOMES.names[2:])
-# Share of the held-out pairs that an arm may lack, or else they are another holdout; one always.
-_MAX_LACKING = 0.05
-
-Tables = dict[str, dict[int, pa.Table]]  # by arm and seed
 
 
 class Extra(Protocol):
@@ -144,7 +138,7 @@ def compare(
                 )
             if restart:
                 for job in jobs:
-                    store.delete(_folder(*job))
+                    store.delete(arm_folder(*job))
                 store.delete("reference_completions")
             if extra is not None:
                 _check_extra(store, jobs, extra.settings)
@@ -171,7 +165,7 @@ def compare(
             }
             for arm in parsed
         }
-        tables, left_out = _on_shared_pairs(
+        tables, left_out = on_shared_pairs(
             {
                 arm.text: {
                     seed: _result(store, arm, seed).read_table("outcomes.parquet") for seed in seeds
@@ -180,11 +174,11 @@ def compare(
             },
             store,
         )
-        prompts = _prompts(tables, run.folder("corpus"), corpus["files"])
+        prompts = shared_prompts(tables, run.folder("corpus"), corpus["files"])
         controls = {arm.text: arm.control for arm in parsed}
-        notes = _notes(left_out)
+        notes = notes_on(left_out)
         comparison = {
-            "arms": summarise(_matrices(tables), controls, prompts, full=FULL),
+            "arms": summarise(by_measure(tables), controls, prompts, full=FULL),
             "runs": results,
             "controls": controls,
             "seeds": list(seeds),
@@ -241,16 +235,8 @@ def _fitting(run: "Run") -> int:
     return max(1, int(cluster.cpus // (ray.cpus_per_worker * train.num_workers + 1)))
 
 
-def _folder(arm: Arm, seed: int) -> str:
-    return f"arms/{arm.folder}/seed-{seed}"
-
-
-def _arm_store(store: Store, arm: Arm, seed: int) -> Store:
-    return Store(store.uri_of(_folder(arm, seed)))
-
-
 def _result(store: Store, arm: Arm, seed: int) -> StageFolder:
-    return StageFolder(_arm_store(store, arm, seed), "compare")
+    return StageFolder(arm_store(store, arm, seed), "compare")
 
 
 def _num_left(store: Store, jobs: Sequence[tuple[Arm, int]]) -> int:
@@ -269,7 +255,7 @@ def _run_arm(
     from refscale import pipeline
     from refscale.run import claim
 
-    store = _arm_store(run.store, arm, seed)
+    store = arm_store(run.store, arm, seed)
     config = arm_config(run.config, arm, seed)
     mine = replace(run, store=store, config=config, shared=run.store)
     result = _result(run.store, arm, seed)
@@ -373,130 +359,6 @@ def _details(
     }
 
 
-# -- per held-out pair -----------------------------------------------------------------------------
-
-
-def outcomes(table: pa.Table, beta: float) -> pa.Table:
-    """What a policy does on each held-out pair, sorted by pair_id.
-
-    Args:
-        table: Rows in `schema.EVALUATION`.
-        beta: DPO's beta.
-
-    Returns:
-        Rows in OUTCOMES: reward_accuracy (1 where the implicit reward prefers chosen, a tie one
-        half), reward_margin (beta times the difference of the log-ratios, nats), ranking_accuracy
-        (the policy's mean log-prob a token prefers chosen), chosen_mean_logps (nats a token).
-    """
-    table = table.sort_by("pair_id")
-    columns = {
-        name: table[name].to_numpy().astype(np.float64)
-        for name in schema.EVALUATION.names
-        if name.endswith("_logps") or name.startswith("num_")
-    }
-    policy = columns["policy_chosen_logps"] - columns["policy_rejected_logps"]
-    reference = columns["ref_chosen_logps"] - columns["ref_rejected_logps"]
-    chosen, rejected = (
-        columns[f"policy_{side}_logps"] / np.maximum(columns[f"num_{side}_tokens"], 1)
-        for side in ("chosen", "rejected")
-    )
-    values = {
-        "reward_accuracy": (np.sign(policy - reference) + 1) / 2,
-        "reward_margin": beta * (policy - reference),
-        "ranking_accuracy": (np.sign(chosen - rejected) + 1) / 2,
-        "chosen_mean_logps": chosen,
-    }
-    return pa.table(
-        {"pair_id": table["pair_id"], "source": table["source"], **values}, schema=OUTCOMES
-    )
-
-
 def _evaluation_table(folder: StageFolder) -> pa.Table:
     names = [file["name"] for file in folder.require()["files"] if file["rows"]]
     return pa.concat_tables([folder.read_table(name) for name in names])
-
-
-def _on_shared_pairs(tables: Tables, store: Store) -> tuple[Tables, dict[str, Any]]:
-    """The outcomes on the pairs that every policy could score, and how many the others are.
-
-    A pair may not fit a worker's memory in one evaluation or have a log-prob that is not finite
-    under one policy: no reason to throw trainings away.
-
-    Args:
-        tables: Rows in OUTCOMES, sorted by pair_id.
-        store: Of the comparison, for the message.
-
-    Returns:
-        The same rows of every table, and `{"pairs", "of", "lacking": {arm: {seed: pairs}}}`, where
-        `of` counts the pairs that any policy could score.
-
-    Raises:
-        EvaluationError: An arm lacks so many that it was evaluated on another holdout.
-    """
-    every = [table for by_seed in tables.values() for table in by_seed.values()]
-    scored = pa.concat_tables([table.select(["pair_id"]) for table in every])
-    found = scored["pair_id"].combine_chunks().value_counts()
-    ids, num_pairs = found.field("values"), len(found)
-    shared = ids.filter(pc.equal(found.field("counts"), len(every)))
-    lacking = {
-        arm: {seed: num_pairs - table.num_rows for seed, table in by_seed.items()}
-        for arm, by_seed in tables.items()
-    }
-    most, arm, seed = max((n, arm, seed) for arm in lacking for seed, n in lacking[arm].items())
-    if most > max(1, _MAX_LACKING * num_pairs) or not len(shared):
-        raise EvaluationError(
-            f"the arms were evaluated on different pairs: {arm}, seed {seed}, lacks {most:,} of"
-            f" {num_pairs:,}, more than a comparison may leave out; leave that arm out of --arm, or"
-            f" delete {_arm_store(store, parse_arm(arm), seed).uri} and repeat the command, which"
-            " redoes that arm and seed alone"
-        )
-    kept = {
-        arm: {
-            seed: table.filter(pc.is_in(table["pair_id"], value_set=shared))
-            for seed, table in by_seed.items()
-        }
-        for arm, by_seed in tables.items()
-    }
-    lacking = {arm: {s: n for s, n in by_seed.items() if n} for arm, by_seed in lacking.items()}
-    return kept, {
-        "pairs": num_pairs - len(shared),
-        "of": num_pairs,
-        "lacking": {arm: by_seed for arm, by_seed in lacking.items() if by_seed},
-    }
-
-
-def _notes(left_out: Mapping[str, Any]) -> list[str]:
-    """What must be said beside the numbers, a sentence each."""
-    if not left_out["pairs"]:
-        return []
-    lacking = [
-        f"{arm}, seed {seed}, lacks {num_pairs:,}"
-        for arm, by_seed in left_out["lacking"].items()
-        for seed, num_pairs in by_seed.items()
-    ]
-    if len(lacking) > 3:
-        lacking[3:] = [f"{len(lacking) - 3:,} more in comparison.json"]
-    return [
-        f"{left_out['pairs']:,} of {left_out['of']:,} held-out pairs left out, because not every"
-        f" policy could score them: {'; '.join(lacking)}"
-    ]
-
-
-def _prompts(tables: Tables, corpus: StageFolder, files: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """Number of each shared pair's prompt, int64 (pairs,)."""
-    shared = next(iter(next(iter(tables.values())).values()))["pair_id"]
-    shards = [file["name"].removesuffix(".parquet") for file in files if file["counts"]["holdout"]]
-    known = pa.concat_tables([prompt_ids(corpus, shard) for shard in shards])
-    pairs = schema.matching_rows(known, shared, "compared pairs are not held out in the corpus")
-    return number_prompts(pairs["prompt_id"])
-
-
-def _matrices(tables: Tables) -> dict[str, dict[str, np.ndarray]]:
-    """By measure and arm, float64 (seeds, pairs); the tables hold the same pairs."""
-    return {
-        measure: {
-            arm: np.stack([table[measure].to_numpy() for table in by_seed.values()])
-            for arm, by_seed in tables.items()
-        }
-        for measure in MEASURES
-    }

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from refscale.evaluation.holdout import Estimate, _wilson, sum_by_prompt
+from refscale.evaluation.holdout import Estimate, sum_by_prompt, wilson
 
 RESAMPLES = 2000
 # Of the seeds' part for each resample: the tails of Student's t are far out and rarely met.
@@ -69,7 +69,7 @@ def _mean(matrix: np.ndarray, resampled: np.ndarray, num_prompts: int) -> Estima
     if matrix.min() < 0 or matrix.max() > 1:
         return _estimate(value, resampled)
     if value in (0, 1):  # no resample differs, and an interval would claim certainty
-        return _wilson(int(value) * num_prompts, num_prompts)
+        return wilson(int(value) * num_prompts, num_prompts)
     return _estimate(value, np.clip(resampled, 0, 1))
 
 

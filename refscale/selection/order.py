@@ -76,7 +76,7 @@ class Group(NamedTuple):
         if self.length_class is None:
             return self.source
         if not self.length_class:
-            return f"{self.source}, as long as each other"
+            return f"{self.source}, of equal length"
         high = (1 << abs(self.length_class)) - 1
         low = (high + 1) // 2
         tokens = f"{low:,} to {high:,} tokens" if high > 1 else "1 token"

@@ -108,7 +108,10 @@ def model_fingerprint(model_name_or_path: str, revision: str | None) -> dict[str
             )
         return {name: file_sha256(folder / name) for name in sorted(set(names))}
     name, own = split_revision(model_name_or_path)
-    return {"commit": hub_commit(name, own or revision)}
+    wanted = own or revision
+    if is_commit(wanted):
+        return {"commit": str(wanted)}  # not asked for: whoever pinned it has seen to that
+    return {"commit": hub_commit(name, wanted)}
 
 
 def split_revision(name: str) -> tuple[str, str | None]:

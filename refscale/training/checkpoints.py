@@ -18,7 +18,7 @@ from refscale.training.options import WorkerSettings
 CHECKPOINT_FILE = "refscale_checkpoint.json"
 CHECKPOINT_FORMAT = 1
 # The end of a refusal that asks for other options, whose training is another one.
-AND_THEN = (
+HOW_TO_GO_ON = (
     "and run the same command again; where it finds a checkpoint of the old settings, `refscale"
     " train --restart` begins without it"
 )

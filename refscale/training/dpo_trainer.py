@@ -23,7 +23,7 @@ from trl import DPOTrainer
 from refscale.errors import TrainingError
 from refscale.scoring.flops import Flops
 from refscale.training import packed_dpo
-from refscale.training.checkpoints import AND_THEN
+from refscale.training.checkpoints import HOW_TO_GO_ON
 from refscale.training.data import check_columns, pair_tokens
 from refscale.training.policy import gathers_weights
 from refscale.training.token_batches import TokenBudgetSampler
@@ -189,7 +189,7 @@ class PrecomputedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         return TrainingError(
             f"{what} at step {self.state.global_step + 1} on rank {self.args.process_index}; lower"
             f" train.learning_rate (now {self.args.learning_rate:g}) or train.max_grad_norm, or set"
-            f" train.bf16: false, {AND_THEN}"
+            f" train.bf16: false, {HOW_TO_GO_ON}"
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -102,7 +102,7 @@ def read_log(folder: StageFolder) -> list[dict[str, Any]]:
     return [json.loads(line) for line in folder.store.read_bytes(path).decode().splitlines()]
 
 
-def _last_row(folder: StageFolder) -> dict[str, Any]:
+def last_row(folder: StageFolder) -> dict[str, Any]:
     """The log's last row, without reading the others; empty where there is none yet.
 
     Raises:
@@ -151,7 +151,7 @@ class TrainingProgress:
         shown = ""
         while not self._stop.wait(_LOOKED_AT_EVERY_S):
             try:
-                row = _last_row(self._folder)
+                row = last_row(self._folder)
             except StorageError as exc:
                 line = f"progress cannot be read now: {exc}"
             except ValueError:

@@ -45,8 +45,8 @@ from trl import DPOConfig
 from refscale.errors import ConfigError, TrainingError
 from refscale.training import packed_dpo
 from refscale.training.checkpoints import (
-    AND_THEN,
     CHECKPOINT_FILE,
+    HOW_TO_GO_ON,
     check_checkpoint,
     checkpoint_record,
 )
@@ -406,7 +406,7 @@ def _out_of_memory(
         advice.append("train.deepspeed: zero3_offload")
     advice.append(f"a smaller encoding.max_length (now {settings.max_length})")
     what = str(exc).strip().splitlines()[0][:160]
-    return f"out of memory at step {step} ({what}); set {', or '.join(advice)}, {AND_THEN}"
+    return f"out of memory at step {step} ({what}); set {', or '.join(advice)}, {HOW_TO_GO_ON}"
 
 
 def _quieten() -> None:

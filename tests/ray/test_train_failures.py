@@ -57,22 +57,21 @@ def work_of(run: Path) -> Path:
 
 
 def train(
-    run: Path, settings: WorkerSettings, *, max_failures: int = 0, num_workers: int = 2
+    run: Path, settings: WorkerSettings, store: Store | None = None, **changes: Any
 ) -> dict[str, Any]:
-    store = Store(str(run))
-    return train_on_ray(
-        settings,
-        StageFolder(store, "training"),
-        StageFolder(store, "policy"),
-        name=name_of(run),
-        num_workers=num_workers,
-        cpus_per_worker=1,
-        gpus_per_worker=0,
-        threads=1,
-        max_failures=max_failures,
-        checkpoints_kept=2,
-        wait_for_room_s=0,
-    )
+    """Of a run in its folder, or in `store`."""
+    store = store or Store(str(run))
+    options: dict[str, Any] = {
+        "num_workers": 2,
+        "cpus_per_worker": 1,
+        "gpus_per_worker": 0,
+        "threads": 1,
+        "max_failures": 0,
+        "checkpoints_kept": 2,
+        "wait_for_room_s": 0,
+    }
+    folders = StageFolder(store, "training"), StageFolder(store, "policy")
+    return train_on_ray(settings, *folders, name=name_of(run), **{**options, **changes})
 
 
 def dying(loop: Callable, kills: dict[int, Path]) -> Callable:
@@ -200,8 +199,7 @@ def test_a_training_on_an_object_store_resumes_from_a_copy_that_is_gone_before_i
     store = Store(s3.uri(f"trained-{tmp_path.name}"))
     store.upload_folder(str(tmp_path / "selection"), "selection")
     settings = replace(settings, holdout_files=settings.selection_files)
-    folder = StageFolder(store, "training")
-    work, name = work_folder(folder, name_of(tmp_path)), name_of(tmp_path)
+    work = work_folder(StageFolder(store, "training"), name_of(tmp_path))
     loop, seen = dying(trainer._train_loop, {5: tmp_path / "killed"}), tmp_path / "seen"
 
     def watching(config: dict[str, Any]) -> Any:
@@ -231,19 +229,7 @@ def test_a_training_on_an_object_store_resumes_from_a_copy_that_is_gone_before_i
 
     monkeypatch.setattr(trainer, "_train_loop", watching)
     copies = copied_by_ray()
-    metrics = train_on_ray(
-        settings,
-        folder,
-        StageFolder(store, "policy"),
-        name=name,
-        num_workers=2,
-        cpus_per_worker=1,
-        gpus_per_worker=0,
-        threads=1,
-        max_failures=1,
-        checkpoints_kept=2,
-        wait_for_room_s=0,
-    )
+    metrics = train(tmp_path, settings, store, max_failures=1)
     assert metrics["resumed"] is True and metrics["steps"] == STEPS
     lines = seen.read_text().splitlines()
     assert {line for line in lines if line.startswith("step")} == {"step False"}
@@ -354,18 +340,6 @@ def test_what_a_worker_said_is_the_cause_whatever_room_is_left(
     monkeypatch.setattr(trainer, "_Trainer", Trainer)
     monkeypatch.setattr(trainer.ray, "cluster_resources", dict)
     with pytest.raises(TrainingError) as caught:
-        train_on_ray(
-            SimpleNamespace(train={"eval_steps": None}),
-            StageFolder(store, "training"),
-            StageFolder(store, "policy"),
-            name="x",
-            num_workers=2,
-            cpus_per_worker=1,
-            gpus_per_worker=0,
-            threads=1,
-            max_failures=0,
-            checkpoints_kept=2,
-            wait_for_room_s=60,
-        )
+        train(tmp_path, SimpleNamespace(train={"eval_steps": None}), wait_for_room_s=60)
     assert ("out of memory at step 3" in str(caught.value)) == said
     assert ("room for 1 of 2" in str(caught.value)) != said

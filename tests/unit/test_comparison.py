@@ -18,14 +18,8 @@ from refscale.evaluation.win_rate import win_rate
 from refscale.experiments import comparison as comparison_module
 from refscale.experiments import statistics
 from refscale.experiments.arms import FULL, Arm, arm_config, grid, parse_arm
-from refscale.experiments.comparison import (
-    MEASURES,
-    OUTCOMES,
-    _details,
-    _on_shared_pairs,
-    compare,
-    outcomes,
-)
+from refscale.experiments.comparison import _details, compare
+from refscale.experiments.outcomes import MEASURES, OUTCOMES, on_shared_pairs, outcomes
 from refscale.experiments.statistics import RESAMPLES, summarise
 from refscale.report import plots
 from refscale.report.comparison_page import lines, render_html, verdicts
@@ -214,7 +208,7 @@ def test_arms_are_compared_on_the_pairs_that_all_of_them_have(tmp_path):
     pairs = range(40)
     lacks_7, lacks_9 = (scored([i for i in pairs if i != lost]) for lost in (7, 9))
     tables = {"full": {0: scored(pairs), 1: lacks_7}, "random:0.5": {0: lacks_9, 1: lacks_7}}
-    kept, left_out = _on_shared_pairs(tables, Store(tmp_path))
+    kept, left_out = on_shared_pairs(tables, Store(tmp_path))
     expected = scored([i for i in pairs if i not in (7, 9)])
     assert all(t.equals(expected) for by_seed in kept.values() for t in by_seed.values())
     lacking = {"full": {1: 1}, "random:0.5": {0: 1, 1: 1}}
@@ -222,7 +216,7 @@ def test_arms_are_compared_on_the_pairs_that_all_of_them_have(tmp_path):
 
 
 def test_a_whole_holdout_leaves_nothing_out(tmp_path):
-    kept, left_out = _on_shared_pairs({"full": {0: scored(range(5))}}, Store(tmp_path))
+    kept, left_out = on_shared_pairs({"full": {0: scored(range(5))}}, Store(tmp_path))
     assert kept["full"][0].equals(scored(range(5)))
     assert left_out == {"pairs": 0, "of": 5, "lacking": {}}
 
@@ -238,10 +232,10 @@ def test_a_whole_holdout_leaves_nothing_out(tmp_path):
 def test_an_arm_that_lacks_more_than_a_twentieth_had_another_holdout(tmp_path, lost, refused):
     tables = {"full": {0: scored(range(60))}, "random:0.5": {3: scored(range(lost, 60))}}
     if not refused:
-        assert _on_shared_pairs(tables, Store(tmp_path))[1]["pairs"] == lost
+        assert on_shared_pairs(tables, Store(tmp_path))[1]["pairs"] == lost
         return
     with pytest.raises(EvaluationError) as caught:
-        _on_shared_pairs(tables, Store(tmp_path))
+        on_shared_pairs(tables, Store(tmp_path))
     assert "random:0.5, seed 3, lacks 4 of 60" in str(caught.value)
     # The way out names what lacks them and keeps all other trainings.
     assert f"delete {tmp_path}/arms/random-0.5/seed-3 and" in str(caught.value)
@@ -250,9 +244,7 @@ def test_an_arm_that_lacks_more_than_a_twentieth_had_another_holdout(tmp_path, l
 
 def test_arms_that_share_no_pair_cannot_be_compared(tmp_path):
     with pytest.raises(EvaluationError, match="different pairs"):
-        _on_shared_pairs(
-            {"full": {0: scored([1])}, "random:0.5": {0: scored([2])}}, Store(tmp_path)
-        )
+        on_shared_pairs({"full": {0: scored([1])}, "random:0.5": {0: scored([2])}}, Store(tmp_path))
 
 
 @pytest.fixture

@@ -360,10 +360,10 @@ def test_label_purity_equals_that_derived_by_hand() -> None:
 
 def test_wilson_interval_equals_the_published_value() -> None:
     # 81 of 263, Newcombe (1998), table I, method 3: 0.2553 to 0.3662
-    estimate = holdout._wilson(81, 263)
+    estimate = holdout.wilson(81, 263)
     assert estimate["low"] == pytest.approx(0.2553, abs=1e-4)
     assert estimate["high"] == pytest.approx(0.3662, abs=1e-4)
-    assert holdout._wilson(10, 10)["high"] == 1.0
+    assert holdout.wilson(10, 10)["high"] == 1.0
 
 
 def test_the_random_control_averages_to_the_corpus() -> None:

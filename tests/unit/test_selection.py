@@ -343,7 +343,7 @@ def test_length_classes_double_and_groups_name_them():
         for source, each in [("all", None), ("web", 0), ("web", 1), ("all", -3), ("all", 11)]
     ] == [
         "all",
-        "web, as long as each other",
+        "web, of equal length",
         "web, chosen 1 token longer",
         "all, chosen 4 to 7 tokens shorter",
         "all, chosen 1,024 to 2,047 tokens longer",

@@ -119,15 +119,15 @@ def test_the_progress_reads_the_end_of_the_log_alone(
 ) -> None:
     monkeypatch.setattr(training_log, "_LAST_ROW_WITHIN_BYTES", 40)
     folder = StageFolder(Store(str(tmp_path)), "training")
-    assert training_log._last_row(folder) == {}
+    assert training_log.last_row(folder) == {}
     folder.store.write_bytes("training/log.jsonl", b"")
-    assert training_log._last_row(folder) == {}
+    assert training_log.last_row(folder) == {}
     # What is before it would be damage to read_log.
     folder.store.write_bytes("training/log.jsonl", b"\xff" * 100 + b'\n{"step": 7}\n')
-    assert training_log._last_row(folder) == {"step": 7}
+    assert training_log.last_row(folder) == {"step": 7}
     folder.store.write_bytes("training/log.jsonl", b'{"step": 7}\n{"st')
     with pytest.raises(ValueError):
-        training_log._last_row(folder)
+        training_log.last_row(folder)
 
 
 class Clock:
