@@ -1,7 +1,7 @@
 """How fast are pairs scored, and how exactly? The engine against its peers, on the same ids.
 
     refscale bench scoring --model smollm2-shape --dtype float32,bfloat16 --pairs 48 --repeats 5
-    refscale bench scoring --model FOLDER --jsonl pairs.jsonl
+    refscale bench scoring --model FOLDER --files pairs.jsonl
     refscale bench scoring --model llama-3.1-8b-shape --corpora ultrafeedback-like --pairs 512
 
 All scorers of a corpus and dtype run in one process, warm, one after the other in each repeat, with
@@ -90,7 +90,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=None,
         help=f"made ones: {', '.join(corpora.NAMES)} (default: the first two and k4)",
     )
-    parser.add_argument("--jsonl", type=Path, action="append", default=[], help="text pairs")
+    parser.add_argument(
+        "--files", type=Path, nargs="+", default=[], help="pairs; needs a model with a tokenizer"
+    )
+    parser.add_argument(
+        "--common-tokens", type=int, default=0, help="with which all prompts of made corpora begin"
+    )
     parser.add_argument("--pairs", type=int, default=48, help="of each corpus")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--scorers", default=None, help="only those whose name holds one of these")
@@ -108,7 +113,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if arguments.device == "auto":
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.corpora is None:
-        arguments.corpora = "" if arguments.jsonl else "hh-like,pandalm-like,k4"
+        arguments.corpora = "" if arguments.files else "hh-like,pandalm-like,k4"
     return arguments
 
 
@@ -124,11 +129,13 @@ def main(argv: list[str] | None = None) -> int:
     config = models.build(arguments.model, torch.float32, torch.device("meta")).config
     vocab = config.get_text_config().vocab_size
     data = {
-        name: corpora.make(name, arguments.pairs, vocab, arguments.seed)
+        name: corpora.make(
+            name, arguments.pairs, vocab, arguments.seed, common_tokens=arguments.common_tokens
+        )
         for name in filter(None, arguments.corpora.split(","))
     }
-    for path in arguments.jsonl:
-        data[path.stem] = corpora.read_jsonl(path, arguments.pairs, tokenizer)
+    for path in arguments.files:
+        data[path.stem] = corpora.read(path, arguments.pairs, arguments.model)
     rows: list[Row] = []
     missing: dict[str, None] = {}
     for dtype in _dtypes(arguments.dtype, device):

@@ -1,4 +1,4 @@
-"""Corpora for the scoring benchmark: random ids with the lengths of real ones, or a jsonl file.
+"""Corpora for the scoring benchmark: random ids with the lengths of real ones, or a file of pairs.
 
 Lengths are log-normal with the parameters measured on the real corpora (SmolLM2's tokenizer), cut
 at 1,024 tokens per sequence as training does:
@@ -10,7 +10,6 @@ at 1,024 tokens per sequence as training does:
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from typing import Any
 import numpy as np
 from common import BenchmarkError
 
+from refscale.config import parse_config
+from refscale.corpus import preparation
 from refscale.scoring.encoded_pairs import EncodedPairs
 
 MAX_LENGTH = 1024
@@ -31,8 +32,17 @@ _LENGTHS: dict[str, tuple[tuple[float, float], ...]] = {
 NAMES = tuple(_LENGTHS)
 
 
-def make(name: str, num_pairs: int, vocab_size: int, seed: int = 0) -> EncodedPairs:
+def make(
+    name: str, num_pairs: int, vocab_size: int, seed: int = 0, *, common_tokens: int = 0
+) -> EncodedPairs:
     """Pairs of random ids; for k4 a multiple of six.
+
+    Args:
+        name: One of NAMES.
+        num_pairs: Pairs at least.
+        vocab_size: Ids are below it.
+        seed: Of the generator.
+        common_tokens: Every prompt begins with the same so many ids more, as with a system prompt.
 
     Raises:
         BenchmarkError: The name is unknown.
@@ -46,10 +56,12 @@ def make(name: str, num_pairs: int, vocab_size: int, seed: int = 0) -> EncodedPa
         count = int(np.clip(np.exp(rng.normal(*lengths)).round(), 1, limit))
         return rng.integers(0, vocab_size, count).astype(np.int32)
 
+    common = np.random.default_rng([seed, common_tokens]).integers(0, vocab_size, common_tokens)
     rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     while len(rows) < num_pairs:
-        start = ids(prompt, MAX_LENGTH // 2)
-        rest = MAX_LENGTH - len(start)
+        own = ids(prompt, MAX_LENGTH // 2)
+        start = np.concatenate([common.astype(np.int32), own])
+        rest = MAX_LENGTH - len(own)
         if name == "k4":
             some = [ids(chosen, rest) for _ in range(4)]
             rows += [(start, some[i], some[j]) for i in range(4) for j in range(i)]
@@ -58,32 +70,28 @@ def make(name: str, num_pairs: int, vocab_size: int, seed: int = 0) -> EncodedPa
     return EncodedPairs(*map(list, zip(*rows, strict=True)))
 
 
-def read_jsonl(path: Path, num_pairs: int, tokenizer: Any) -> EncodedPairs:
-    """The first pairs of a file of prompt, chosen and rejected strings, cut to 1,024 tokens.
+def read(path: Path, num_pairs: int, model: str) -> EncodedPairs:
+    """The first pairs of a file, encoded as `prepare` does, cut to 1,024 tokens.
+
+    Args:
+        path: Pairs in any shape that a corpus may have.
+        num_pairs: Pairs at most.
+        model: A folder with a tokenizer, whose chat template conversations take.
 
     Raises:
-        BenchmarkError: There is no tokenizer or no pair.
+        RefscaleError: They cannot be read, or none is valid.
     """
-    if tokenizer is None:
-        raise BenchmarkError(f"{path.name} is text, which needs a model folder with a tokenizer")
-
-    def ids(text: str) -> np.ndarray:
-        return np.array(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
-
-    rows = []
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            row = json.loads(line)
-            prompt, chosen, rejected = (ids(row[name]) for name in ("prompt", "chosen", "rejected"))
-            prompt = prompt[: MAX_LENGTH // 2]
-            rest = MAX_LENGTH - len(prompt)
-            if len(prompt) and len(chosen) and len(rejected):
-                rows.append((prompt, chosen[:rest], rejected[:rest]))
-            if len(rows) == num_pairs:
-                break
-    if not rows:
-        raise BenchmarkError(f"{path} holds no pair with a prompt and two completions")
-    return EncodedPairs(*map(list, zip(*rows, strict=True)))
+    data = {
+        "model": {"model_name_or_path": model},
+        "corpus": {"sources": [{"path": str(path)}]},
+        "encoding": {"max_length": MAX_LENGTH},
+    }
+    plan = preparation.plan(parse_config(data))
+    table = preparation.prepare_unit(plan, 0, plan.encoder.load()).pairs
+    pairs = EncodedPairs.from_table(table)
+    if not len(pairs):
+        raise BenchmarkError(f"{path} holds no valid pair")
+    return pairs.take(range(min(num_pairs, len(pairs))))
 
 
 def describe(pairs: EncodedPairs) -> dict[str, Any]:

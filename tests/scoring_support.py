@@ -242,15 +242,16 @@ ATTENTION_CASES = [
 
 
 def make_segments(seed=0, trees=3, leaves=3):
-    """A pack with prompts of several completions, an empty prompt and a lone completion."""
+    """A pack whose prompts share a start, of several completions, and some that share nothing."""
     rng = np.random.default_rng(seed)
 
     def ids(count):
         return rng.integers(0, 1000, count).astype(np.int32)
 
     sequences = []
+    system = ids(5)
     for _ in range(trees):
-        prompt = ids(rng.integers(1, 12))
+        prompt = np.concatenate([system, ids(rng.integers(1, 12))])
         sequences += [(prompt, ids(rng.integers(1, 9))) for _ in range(leaves)]
     sequences += [(ids(0), ids(6)), (ids(0), ids(4)), (ids(7), ids(5))]
     (pack,) = make_packs(sequences, range(len(sequences)), 10_000)
@@ -262,7 +263,7 @@ def visible(segments, window=None):
     total = max(s.start + s.length for s in segments)
     sees = torch.zeros(total, total, dtype=torch.bool)
     for s in segments:
-        keys = [*range(s.prefix_start, s.prefix_start + s.prefix_length)]
+        keys = [row for start, count in s.prefix for row in range(start, start + count)]
         for row in range(s.start, s.start + s.length):
             keys.append(row)
             sees[row, keys if window is None else keys[-window:]] = True

@@ -23,7 +23,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -78,15 +78,19 @@ class Layout:
         self._batches: dict[tuple[Any, ...], tuple[list[_Batch], Tensor]] = {}
         self._varlen: dict[torch.device, tuple[Tensor, Tensor, Tensor, int, int]] = {}
 
+    @cached_property
+    def _index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return key_index(self.segments)
+
     def batches(self, window: int | None, like: Tensor) -> tuple[list[_Batch], Tensor]:
         """The batches of blocks, and int64 (T,) where each row of the pack is in their output."""
         key = (window, like.dtype, like.device)
         if key not in self._batches:
             made, order = [], np.empty(sum(s.length for s in self.segments), dtype=np.int64)
             base = 0
-            for queries, keys, hidden, real in _batch_blocks(
-                _blocks(self.segments, window), window
-            ):
+            gather, _cu_q, cu_k = self._index
+            blocks = _blocks(self.segments, cu_k, window)
+            for queries, keys, hidden, real in _batch_blocks(blocks, gather, window):
                 bias = like.new_zeros(hidden.shape)
                 bias.masked_fill_(to_device(hidden, like.device), -math.inf)
                 rows = [to_device(x.ravel(), like.device) for x in (queries, keys)]
@@ -99,7 +103,7 @@ class Layout:
     def varlen(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
         """(gather, cu_q, cu_k, longest query, longest key) on the device."""
         if device not in self._varlen:
-            gather, cu_q, cu_k = (to_device(x, device) for x in key_index(self.segments))
+            gather, cu_q, cu_k = (to_device(x, device) for x in self._index)
             longest_q = max(s.length for s in self.segments)
             longest_k = max(s.prefix_length + s.length for s in self.segments)
             self._varlen[device] = gather, cu_q, cu_k, longest_q, longest_k
@@ -205,29 +209,24 @@ def _attend_compiled_shape(query: Tensor, _key: Tensor, value: Tensor, *_options
     return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
 
 
-def _blocks(segments: Sequence[Segment], window: int | None) -> np.ndarray:
-    """int64 (n, 5), a row a block: first query, queries, first prefix key, prefix keys, own keys.
+def _blocks(segments: Sequence[Segment], cu_k: np.ndarray, window: int | None) -> np.ndarray:
+    """int64 (n, 4), a row a block: first query, queries, first key's place in `gather`, keys.
 
     A block's last queries line up with its last keys. Keys that no query of a block sees are left
     out.
     """
     blocks = []
-    for segment in segments:
+    for segment, keys in zip(segments, cu_k.tolist(), strict=False):  # where its keys begin
         for offset in range(0, segment.length, _BLOCK):
             length = min(_BLOCK, segment.length - offset)
-            # Keys before the block, of which the nearest are the segment's own.
-            before = segment.prefix_length + offset
-            if window is not None:
-                before = min(before, window - 1)
-            own = min(offset, before)
-            prefix = before - own
-            stop = segment.prefix_start + segment.prefix_length
-            blocks.append((segment.start + offset, length, stop - prefix, prefix, own + length))
-    return np.array(blocks, dtype=np.int64).reshape(-1, 5)
+            stop = segment.prefix_length + offset
+            before = stop if window is None else min(stop, window - 1)
+            blocks.append((segment.start + offset, length, keys + stop - before, before + length))
+    return np.array(blocks, dtype=np.int64).reshape(-1, 4)
 
 
 def _batch_blocks(
-    blocks: np.ndarray, window: int | None
+    blocks: np.ndarray, gather: np.ndarray, window: int | None
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
     """Batches of blocks of one padded shape.
 
@@ -238,7 +237,7 @@ def _batch_blocks(
             for all.
         real: bool (B, Q), false where a query is padding.
     """
-    num_keys = blocks[:, 3] + blocks[:, 4]
+    num_keys = blocks[:, 3]
     wide = np.array(_QUERIES)[np.searchsorted(_QUERIES, blocks[:, 1])]
     deep = -(-num_keys // _KEYS) * _KEYS
     # Blocks that fill their shape all have one bias.
@@ -247,13 +246,11 @@ def _batch_blocks(
         chosen = np.flatnonzero((wide == q) & (deep == k) & (full == fills))
         step = max(1, _BIAS // (q * k))
         for i in range(0, len(chosen), step):
-            first, length, prefix_start, prefix, own = blocks[chosen[i : i + step]].T[:, :, None]
+            first, length, place, total = blocks[chosen[i : i + step]].T[:, :, None]
             query = np.minimum(np.arange(q), length - 1)
-            total = prefix + own
-            place = np.minimum(np.arange(k), total - 1)
-            keys = np.where(place < prefix, prefix_start + place, first + length - total + place)
-            last = (total - length + query)[:, :, None]  # the key that lines up with each query
             position = np.arange(k)
+            keys = gather[place + np.minimum(position, total - 1)]
+            last = (total - length + query)[:, :, None]  # the key that lines up with each query
             hidden = position > last
             if window is not None:
                 hidden |= position <= last - window

@@ -1,38 +1,50 @@
 """Encoded pairs -> token-budget packs with shared prefixes. Pure numpy.
 
-In: pairs as int32 id arrays. Out: packs, each one flat row of ids in which every token that pairs
-share is there once:
+In: pairs as int32 id arrays. Out: packs, each one flat row of ids. Sequences lie in it in
+dictionary order, and each adds only what it does not have in common with the one before:
 
-    [ shared | leaf 1 | leaf 2 | … ][ shared | leaf 1 | … ]
-      prompt and the completions' common prefix, then what is left of each distinct completion
+    [ system prompt, prompt A, completion 1 ][ rest of completion 2 ][ prompt B, completion 1 ][ …
+
+So a prompt is computed once for all its completions, and once a pack whatever prompts have in
+common: a chat template's system prompt, tools, the earlier turns of a dialogue.
 
 No padding and no mask: attention.py runs each segment against its own keys, given by `segments`.
-The last token of a leaf is left out, because nothing asks for its hidden state. What it gives up:
-only the prefix common to all completions of a prompt is shared, not deeper trees.
+The last token of a sequence is left out, because nothing asks for its hidden state.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
+# Most tokens of a pack's sequences in all, as a multiple of the budget: attention gathers the keys
+# of each, and those of a long system prompt count for all of them.
+_MOST_KEYS = 8
+# A pack ends early where that saves a token to compute again for so many, of its sequences in all,
+# that are left to the next pack.
+_TOKENS_PUT_OFF = 16
+
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of rows of a pack; its queries see `prefix` rows, then themselves causally.
+    """The rows that a sequence adds to a pack; they see `prefix`, then themselves causally.
 
     Attributes:
         start: First row.
-        length: Number of rows, may be 0.
-        prefix_start: First row of what comes before it, its shared segment.
-        prefix_length: Rows of that; 0 for a shared segment itself.
+        length: Number of rows, at least 1.
+        prefix: Runs of earlier rows, (first row, rows), in the order of the sequence.
     """
 
     start: int
     length: int
-    prefix_start: int
-    prefix_length: int
+    prefix: tuple[tuple[int, int], ...]
+
+    @property
+    def prefix_length(self) -> int:
+        """Rows of the prefix."""
+        return sum(length for _, length in self.prefix)
 
 
 @dataclass(frozen=True)
@@ -41,13 +53,14 @@ class Pack:
 
     Attributes:
         ids: int64 (T,) token ids.
-        positions: int64 (T,) position ids; a leaf continues its shared segment.
-        segments: The runs of rows, in row order, without empty ones.
-        rows: int64 (R,) rows whose hidden state predicts a completion token; one that ends a shared
-            segment is there once for each leaf.
+        positions: int64 (T,) position ids: each row's place in its sequence.
+        segments: The runs of rows, in row order.
+        rows: int64 (R,) rows whose hidden state predicts a completion token, ascending; a row that
+            different tokens follow is there once for each.
         targets: int64 (R,) the token that each of `rows` predicts.
         terms: int64 (M,) indices into `rows`; with `owners` they say which predictions each
-            sequence sums. M >= R, since shared completion tokens count for every sequence.
+            sequence sums, in the order of its tokens. M >= R, since shared completion tokens count
+            for every sequence.
         owners: int64 (M,) index of the sequence that each term belongs to, in `sequences`.
         sequences: int64 (S,) numbers of the sequences that this pack scores.
     """
@@ -84,7 +97,8 @@ class Plan:
         rejected: int64 (N,) sequence of each pair's rejected side.
         num_scored: int64 (num_sequences,) completion tokens that carry a log-prob: all of them, but
             for the first where the prompt is empty.
-        useful_tokens: Prompt tokens once per prompt plus tokens of the distinct completions.
+        useful_tokens: Prompt tokens once per prompt plus tokens of the distinct completions. Where
+            prompts start alike, fewer are computed.
         groups: What goes into each pack.
     """
 
@@ -93,11 +107,11 @@ class Plan:
     rejected: np.ndarray
     num_scored: np.ndarray
     useful_tokens: int
-    groups: tuple[tuple["_Tree", ...], ...] = field(repr=False)
+    groups: tuple["_Group", ...] = field(repr=False)
 
     def iter_packs(self) -> Iterator[Pack]:
         """The packs, each laid out when it is asked for; every sequence is in exactly one."""
-        return map(_lay_out, self.groups)
+        return (_lay_out(self.sequences, group) for group in self.groups)
 
     @cached_property
     def packs(self) -> tuple[Pack, ...]:
@@ -111,18 +125,18 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class _Tree:
-    """A prompt and some of its distinct completions."""
+class _Group:
+    """The sequences of a pack, in dictionary order.
 
-    prompt: np.ndarray
-    completions: tuple[np.ndarray, ...]
-    sequences: tuple[int, ...]
-    common: int  # leading tokens that all completions have in common
+    Attributes:
+        numbers: Which they are.
+        shared: Tokens that each has in common with the one before it; 0 for the first.
+        num_tokens: Rows of the pack.
+    """
 
-    @property
-    def num_tokens(self) -> int:
-        leaves = sum(max(len(c) - self.common - 1, 0) for c in self.completions)
-        return len(self.prompt) + self.common + leaves
+    numbers: Sequence[int]
+    shared: Sequence[int]
+    num_tokens: int
 
 
 def plan_packs(
@@ -187,156 +201,117 @@ def make_packs(
     arrays: Sequence[tuple[np.ndarray, np.ndarray]], numbers: Iterable[int], token_budget: int
 ) -> tuple[Pack, ...]:
     """Packs of the sequences `numbers` of `arrays`, which are (prompt, completion) ids."""
-    return tuple(map(_lay_out, _group(arrays, numbers, token_budget)))
+    return tuple(_lay_out(arrays, group) for group in _group(arrays, numbers, token_budget))
 
 
 def _group(
     arrays: Sequence[tuple[np.ndarray, np.ndarray]], numbers: Iterable[int], token_budget: int
-) -> tuple[tuple[_Tree, ...], ...]:
-    """The trees of each pack."""
-    prompts: dict[bytes, list[int]] = {}
-    for number in numbers:
-        prompts.setdefault(arrays[number][0].tobytes(), []).append(number)
-    trees = [tree for group in prompts.values() for tree in _grow(group, arrays, token_budget)]
-    # Long first: then the short ones fill the packs up evenly, and memory peaks at the start.
-    trees.sort(key=lambda tree: (-tree.num_tokens, tree.sequences))
-    return tuple(map(tuple, _fill(trees, token_budget)))
+) -> list[_Group]:
+    """What goes into each pack; the largest first, so that memory peaks at the start."""
+    inputs = {number: np.concatenate(arrays[number])[:-1] for number in numbers}
+    # Ids are not negative, so their big-endian bytes are ordered as they are.
+    order = sorted(inputs, key=lambda number: inputs[number].astype(">i4").tobytes())
+    lengths = [len(inputs[number]) for number in order]
+    shared = [
+        0,
+        *(_common_prefix(inputs[one], inputs[next_]) for one, next_ in itertools.pairwise(order)),
+    ]
+    groups = []
+    start = 0
+    while start < len(order):
+        stop, rows = _end(lengths, shared, start, token_budget)
+        groups.append(_Group(order[start:stop], [0, *shared[start + 1 : stop]], rows))
+        start = stop
+    return sorted(groups, key=lambda group: -group.num_tokens)
 
 
-def _grow(
-    sequences: list[int], arrays: Sequence[tuple[np.ndarray, np.ndarray]], token_budget: int
-) -> list[_Tree]:
-    """The trees of one prompt: one, or several where its completions exceed the budget."""
-    prompt = arrays[sequences[0]][0]
-    parts: list[list[int]] = [[]]
-    held = len(prompt)
-    for number in sequences:
-        size = len(arrays[number][1])
-        if parts[-1] and held + size > token_budget:
-            parts.append([])
-            held = len(prompt)
-        parts[-1].append(number)
-        held += size
-    trees = []
-    for part in parts:
-        completions = tuple(arrays[number][1] for number in part)
-        common = _common_prefix(completions) if len(completions) > 1 else 0
-        trees.append(_Tree(prompt, completions, tuple(part), common))
-    return trees
+def _common_prefix(one: np.ndarray, other: np.ndarray) -> int:
+    length = min(len(one), len(other))
+    different = np.flatnonzero(one[:length] != other[:length])
+    return int(different[0]) if len(different) else length
 
 
-def _common_prefix(arrays: Sequence[np.ndarray]) -> int:
-    length = min(len(array) for array in arrays)
-    first = arrays[0][:length]
-    for array in arrays[1:]:
-        different = np.flatnonzero(first[:length] != array[:length])
-        if len(different):
-            length = int(different[0])
-    return length
+def _end(
+    lengths: Sequence[int], shared: Sequence[int], start: int, token_budget: int
+) -> tuple[int, int]:
+    """Where the pack ends whose first sequence is `start`, and its rows.
+
+    Near the budget, where the least is shared across the cut and so computed again.
+    """
+    # If it ends after the first sequence, the second, …
+    rows, keys = [lengths[start]], [lengths[start]]
+    for i in range(start + 1, len(lengths)):
+        more = rows[-1] + lengths[i] - shared[i]
+        seen = keys[-1] + (lengths[i] if lengths[i] > shared[i] else 0)
+        if more > token_budget or seen > _MOST_KEYS * token_budget:
+            break
+        rows.append(more)
+        keys.append(seen)
+    else:
+        return len(lengths), rows[-1]
+
+    def cost(count: int) -> float:
+        return shared[start + count] + (keys[-1] - keys[count - 1]) / _TOKENS_PUT_OFF
+
+    count = min(range(len(rows), 0, -1), key=cost)
+    return start + count, rows[count - 1]
 
 
-def _fill(trees: list[_Tree], token_budget: int) -> list[list[_Tree]]:
-    """Next-fit from both ends: the longest tree left, then as many short ones as fit."""
-    packs = []
-    low, high = 0, len(trees)
-    while low < high:
-        pack, held = [trees[low]], trees[low].num_tokens
-        low += 1
-        while low < high and held + trees[low].num_tokens <= token_budget:
-            held += trees[low].num_tokens
-            pack.append(trees[low])
-            low += 1
-        while low < high and held + trees[high - 1].num_tokens <= token_budget:
-            high -= 1
-            held += trees[high].num_tokens
-            pack.append(trees[high])
-        packs.append(pack)
-    return packs
-
-
-def _lay_out(trees: Sequence[_Tree]) -> Pack:
+def _lay_out(arrays: Sequence[tuple[np.ndarray, np.ndarray]], group: _Group) -> Pack:
     ids: list[np.ndarray] = []
-    offsets: list[int] = []  # position of each segment's first row
+    places: list[tuple[int, int]] = []  # positions of each segment's rows
     segments: list[Segment] = []
-    predicting = _Runs()  # rows, in the order of `targets`
+    rows: list[np.ndarray] = []  # that predict, of each sequence
     targets: list[np.ndarray] = []
-    summed = _Runs()  # terms, in the order of `owners`
-    owners: list[int] = []  # of each run of terms
-    sequences: list[int] = []
+    path: tuple[tuple[int, int], ...] = ()  # rows of the sequence, in runs
     row = 0
-    for tree in trees:
-        prompt_length, common = len(tree.prompt), tree.common
-        shared = np.concatenate([tree.prompt, tree.completions[0][:common]])
-        shared_start, shared_length = row, len(shared)
-        if shared_length:
-            ids.append(shared)
-            offsets.append(0)
-            segments.append(Segment(row, shared_length, row, 0))
-            row += shared_length
-        # Predictions inside the shared segment; an empty prompt leaves its first token unscored.
-        first = min(max(prompt_length, 1), shared_length)
-        shared_term = predicting.total
-        predicting.add(shared_start + first - 1, shared_length - first)
-        targets.append(shared[first:])
-        for completion, number in zip(tree.completions, tree.sequences, strict=True):
-            summed.add(shared_term, shared_length - first)
-            owners.append(len(sequences))
-            leaf = completion[common:]
-            if len(leaf):
-                # Row before the leaf predicts its first token, each of its rows the next one.
-                term = predicting.total
-                predicting.add(shared_start + shared_length - 1, int(shared_length > 0))
-                predicting.add(row, len(leaf) - 1)
-                targets.append(leaf if shared_length else leaf[1:])
-                summed.add(term, predicting.total - term)
-                owners.append(len(sequences))
-            if len(leaf) > 1:
-                ids.append(leaf[:-1])
-                offsets.append(shared_length)
-                segments.append(Segment(row, len(leaf) - 1, shared_start, shared_length))
-                row += len(leaf) - 1
-            sequences.append(number)
+    for number, shared in zip(group.numbers, group.shared, strict=True):
+        prompt, completion = arrays[number]
+        whole = np.concatenate([prompt, completion])
+        path = _start_of(path, shared)
+        new = whole[shared:-1]
+        if len(new):
+            ids.append(new)
+            places.append((shared, len(new)))
+            segments.append(Segment(row, len(new), path))
+            path = (*path, (row, len(new)))
+            row += len(new)
+        # Nothing predicts the first token of an empty prompt's completion.
+        first = max(len(prompt), 1)
+        rows.append(_ranges(path)[first - 1 :])
+        targets.append(whole[first:])
+    counts = [len(of_one) for of_one in rows]
+    predictions, terms = np.unique(
+        np.concatenate(rows) << 32 | np.concatenate(targets), return_inverse=True
+    )
     return Pack(
-        ids=_join(ids),
-        positions=_ranges(offsets, [s.length for s in segments]),
+        ids=np.concatenate(ids).astype(np.int64) if ids else np.empty(0, dtype=np.int64),
+        positions=_ranges(places),
         segments=tuple(segments),
-        rows=predicting.join(),
-        targets=_join(targets),
-        terms=summed.join(),
-        owners=np.repeat(np.array(owners, dtype=np.int64), summed.lengths),
-        sequences=np.array(sequences, dtype=np.int64),
+        rows=predictions >> 32,
+        targets=predictions & 0xFFFF_FFFF,
+        terms=terms,
+        owners=np.repeat(np.arange(len(counts)), counts),
+        sequences=np.array(group.numbers, dtype=np.int64),
     )
 
 
-class _Runs:
-    """Runs of successive integers, collected one by one and written out at once."""
-
-    def __init__(self) -> None:
-        self.starts: list[int] = []
-        self.lengths: list[int] = []
-        self.total = 0
-
-    def add(self, start: int, length: int) -> None:
-        self.starts.append(start)
-        self.lengths.append(length)
-        self.total += length
-
-    def join(self) -> np.ndarray:
-        return _ranges(self.starts, self.lengths)
+def _start_of(path: Sequence[tuple[int, int]], length: int) -> tuple[tuple[int, int], ...]:
+    """The first `length` rows of a path."""
+    runs = []
+    for first, count in path:
+        if length <= 0:
+            break
+        runs.append((first, min(count, length)))
+        length -= count
+    return tuple(runs)
 
 
-def _ranges(starts: Sequence[int], lengths: Sequence[int]) -> np.ndarray:
-    """int64: the integers from each start, as many as its length says, one run after the other."""
-    counts = np.array(lengths, dtype=np.int64)
+def _ranges(runs: Sequence[tuple[int, int]]) -> np.ndarray:
+    """int64: the integers of each run (first, count), one run after the other."""
+    starts, counts = np.array(runs, dtype=np.int64).reshape(-1, 2).T
     before = np.cumsum(counts) - counts
-    return np.arange(counts.sum()) + np.repeat(np.array(starts, dtype=np.int64) - before, counts)
-
-
-_NONE = np.empty(0, dtype=np.int64)
-
-
-def _join(arrays: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate(arrays).astype(np.int64) if arrays else _NONE
+    return np.arange(counts.sum()) + np.repeat(starts - before, counts)
 
 
 def key_index(segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -347,8 +322,7 @@ def key_index(segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray, np.n
         cu_q: int32 (n + 1,) cumulative query lengths of the segments.
         cu_k: int32 (n + 1,) cumulative key lengths.
     """
-    starts = [start for s in segments for start in (s.prefix_start, s.start)]
-    lengths = [length for s in segments for length in (s.prefix_length, s.length)]
+    runs = [run for s in segments for run in (*s.prefix, (s.start, s.length))]
     cu_q = np.cumsum([0, *(s.length for s in segments)]).astype(np.int32)
     cu_k = np.cumsum([0, *(s.prefix_length + s.length for s in segments)]).astype(np.int32)
-    return _ranges(starts, lengths), cu_q, cu_k
+    return _ranges(runs), cu_q, cu_k

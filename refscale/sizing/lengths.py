@@ -17,13 +17,41 @@ import numpy as np
 
 from refscale.config import Config
 from refscale.errors import ConfigError
-from refscale.scoring.packing import plan_packs
+from refscale.scoring.packing import Plan, plan_packs
 from refscale.storage.stages import StageFolder
 from refscale.storage.store import Store
 
 SAMPLE_PAIRS = 2000
-# Only where packs are cut; the sums below do not depend on it.
+# The starts that prompts have in common are computed once for so many tokens.
 _PACK_TOKENS = 16384
+_UNBOUNDED = 1 << 62
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a forward pass over pairs computes.
+
+    Attributes:
+        rows: Tokens through the backbone.
+        head_rows: Rows through the output head.
+        context: Keys attended, summed over the rows.
+    """
+
+    rows: float = 0.0
+    head_rows: float = 0.0
+    context: float = 0.0
+
+    def __mul__(self, factor: float) -> "Work":
+        """So many times this."""
+        return Work(self.rows * factor, self.head_rows * factor, self.context * factor)
+
+    def __add__(self, other: "Work") -> "Work":
+        """Both."""
+        return Work(
+            self.rows + other.rows,
+            self.head_rows + other.head_rows,
+            self.context + other.context,
+        )
 
 
 @dataclass(frozen=True)
@@ -34,9 +62,8 @@ class Lengths:
         num_pairs: Pairs of the corpus, holdout included.
         holdout_pairs: Of these.
         useful_tokens: Prompt tokens once a distinct prompt, plus distinct completions' tokens.
-        computed_tokens: Rows through the backbone with shared prefixes.
-        head_rows: Rows through the output head.
-        context: Keys attended, summed over the computed rows.
+        scoring: Of all pairs in packs, whatever they share computed once a pack.
+        alone: Of each pair on its own, as in micro-batches of few pairs.
         padded_tokens: Prompt and completion of both sides, nothing shared, no padding counted.
         longest: Computed tokens of the longest pair.
         origin: Where the figures are from.
@@ -45,9 +72,8 @@ class Lengths:
     num_pairs: int
     holdout_pairs: int
     useful_tokens: float
-    computed_tokens: float
-    head_rows: float
-    context: float
+    scoring: Work
+    alone: Work
     padded_tokens: float
     longest: int
     origin: str
@@ -62,9 +88,8 @@ class Lengths:
             num_pairs=num_pairs,
             holdout_pairs=holdout_pairs,
             useful_tokens=self.useful_tokens * factor,
-            computed_tokens=self.computed_tokens * factor,
-            head_rows=self.head_rows * factor,
-            context=self.context * factor,
+            scoring=self.scoring * factor,
+            alone=self.alone * factor,
             padded_tokens=self.padded_tokens * factor,
         )
 
@@ -98,13 +123,13 @@ def of_means(
     leaves = [max(side - 1, 0) for side in (chosen, rejected)]
     context = prompt * (prompt + 1) / 2
     context += sum(leaf * prompt + leaf * (leaf + 1) / 2 for leaf in leaves)
+    work = Work(prompt + sum(leaves), chosen + rejected, context) * num_pairs
     return Lengths(
         num_pairs=num_pairs,
         holdout_pairs=round(num_pairs * holdout_fraction),
         useful_tokens=num_pairs * (prompt + chosen + rejected),
-        computed_tokens=num_pairs * (prompt + sum(leaves)),
-        head_rows=num_pairs * (chosen + rejected),
-        context=num_pairs * context,
+        scoring=work,
+        alone=work,
         padded_tokens=num_pairs * (2 * prompt + chosen + rejected),
         longest=2 * max_length if max_length is not None else round(prompt + sum(leaves)),
         origin=origin,
@@ -126,11 +151,7 @@ def of_pairs(
     if not len(prompt_ids):
         raise ConfigError(f"no pairs to size the run from ({origin})")
     plan = plan_packs(prompt_ids, chosen_ids, rejected_ids, _PACK_TOKENS)
-    context = sum(
-        s.length * s.prefix_length + s.length * (s.length + 1) / 2
-        for pack in plan.packs
-        for s in pack.segments
-    )
+    each = zip(prompt_ids, chosen_ids, rejected_ids, strict=True)
     sides = [
         (len(p), len(c), len(r))
         for p, c, r in zip(prompt_ids, chosen_ids, rejected_ids, strict=True)
@@ -139,13 +160,17 @@ def of_pairs(
         num_pairs=len(prompt_ids),
         holdout_pairs=0,
         useful_tokens=plan.useful_tokens,
-        computed_tokens=sum(pack.num_tokens for pack in plan.packs),
-        head_rows=sum(len(pack.rows) for pack in plan.packs),
-        context=context,
+        scoring=_work(plan),
+        alone=reduce(add, (_work(plan_packs([p], [c], [r], _UNBOUNDED)) for p, c, r in each)),
         padded_tokens=sum(2 * p + c + r for p, c, r in sides),
         longest=max(p + max(c - 1, 0) + max(r - 1, 0) for p, c, r in sides),
         origin=origin,
     )
+
+
+def _work(plan: Plan) -> Work:
+    packs = (Work(pack.num_tokens, len(pack.rows), pack.context) for pack in plan.iter_packs())
+    return reduce(add, packs, Work())
 
 
 def of_run(store: Store, *, sample: int = SAMPLE_PAIRS) -> Lengths:

@@ -430,9 +430,16 @@ def _flops(
     held: int,
     measurements: int,
 ) -> dict[str, float]:
-    """Useful operations by stage; kept and held-out pairs are as long as all others."""
-    scoring = shape.flops(lengths.computed_tokens, lengths.head_rows, lengths.context)
-    pair = scoring / lengths.num_pairs
+    """Useful operations by stage; kept and held-out pairs are as long as all others.
+
+    Training and evaluating count each pair on its own: what prompts have in common is computed for
+    every micro-batch.
+    """
+    scoring, alone = (
+        shape.flops(work.rows, work.head_rows, work.context)
+        for work in (lengths.scoring, lengths.alone)
+    )
+    pair = alone / lengths.num_pairs
     passes, _ = _passes(config, shape)
     # A measurement is a forward of the policy alone.
     measuring = {"measuring": measurements * held * pair} if measurements else {}

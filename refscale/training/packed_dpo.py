@@ -73,8 +73,9 @@ def pack_pairs(
 
         input_ids  7 8 4     each completion's last token predicts nothing and is left out
         positions  0 1 2
-        rows       1 1 2     8 predicts both 9 and 4
-        targets    9 4 5
+        rows       1 1 2     8 predicts both 4 and 9
+        targets    4 9 5
+        terms      1 0 2     of chosen 9, of rejected 4 and 5
         slots      1 4 5     of two rows of T - 1 = 3 outputs
     """
     prompts, chosen, rejected = (

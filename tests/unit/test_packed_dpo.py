@@ -187,9 +187,10 @@ def test_the_layout_is_that_of_the_docstring() -> None:
     assert pack.input_ids.tolist() == [[7, 8, 4]]
     assert pack.position_ids.tolist() == [[0, 1, 2]]
     assert pack.rows.tolist() == [1, 1, 2]
-    assert pack.targets.tolist() == [9, 4, 5]
+    assert pack.targets.tolist() == [4, 9, 5]
+    assert pack.terms.tolist() == [1, 0, 2]
     assert pack.shape == (2, 3)
-    assert pack.slots[pack.terms.argsort()].tolist() == [1, 4, 5]
+    assert pack.slots.tolist() == [1, 4, 5]
 
 
 def test_a_pack_holds_each_prompt_once_and_no_padding() -> None:

@@ -342,7 +342,7 @@ def test_what_is_not_finite_in_float32_either_gets_a_reason_and_spares_the_rest(
 def wrong_attention(module, query, key, value, attention_mask, **options):
     """Leaves see nothing of their prompt."""
     segments = attention._layout.segments
-    blind = [type(s)(s.start, s.length, 0, 0) for s in segments]
+    blind = [type(s)(s.start, s.length, ()) for s in segments]
     with attention.layout(attention.Layout(blind)):
         return attention.packed_attention(module, query, key, value, attention_mask, **options)
 

@@ -631,11 +631,26 @@ def test_averages_are_the_limit_of_pairs_that_share_nothing():
     pairs = [(rng.permutation(200)[:30]).astype(np.int32).reshape(3, 10) for _ in range(5)]
     counted = of_pairs(*([p[side] for p in pairs] for side in range(3)), origin="test")
     given = of_means(5, 10, 10, 10)
-    for name in ("useful_tokens", "computed_tokens", "head_rows", "context", "padded_tokens"):
+    for name in ("useful_tokens", "scoring", "alone", "padded_tokens"):
         assert getattr(given, name) == getattr(counted, name), name
     twice = counted.scaled_to(10, 1)
     assert (twice.num_pairs, twice.holdout_pairs) == (10, 1)
-    assert twice.context == 2 * counted.context
+    assert twice.scoring.context == 2 * counted.scoring.context
+
+
+def test_training_is_not_taken_to_share_a_system_prompt_as_scoring_does(tiny_model):
+    rng = np.random.default_rng(1)
+    system = rng.integers(0, 250, 100).astype(np.int32)
+    prompts = [np.concatenate([system, np.int32([i])]) for i in range(40)]
+    sides = [[rng.integers(0, 250, 10).astype(np.int32) for _ in prompts] for _ in range(2)]
+    lengths = of_pairs(prompts, *sides, origin="test")
+    assert lengths.scoring.rows == 100 + 40 * (1 + 9 + 9)
+    assert lengths.alone.rows == 40 * (100 + 1 + 9 + 9)
+    found, given = (
+        plan(make_config(tiny_model), x).flops for x in (lengths, of_means(40, 101, 10, 10))
+    )
+    assert found["training"] == given["training"]
+    assert found["scoring"] < given["scoring"] / 4
 
 
 def test_every_assumption_is_printed_with_its_value(llama):
