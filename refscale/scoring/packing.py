@@ -208,14 +208,13 @@ def _group(
     arrays: Sequence[tuple[np.ndarray, np.ndarray]], numbers: Iterable[int], token_budget: int
 ) -> list[_Group]:
     """What goes into each pack; the largest first, so that memory peaks at the start."""
-    inputs = {number: np.concatenate(arrays[number])[:-1] for number in numbers}
     # Ids are not negative, so their big-endian bytes are ordered as they are.
-    order = sorted(inputs, key=lambda number: inputs[number].astype(">i4").tobytes())
-    lengths = [len(inputs[number]) for number in order]
-    shared = [
-        0,
-        *(_common_prefix(inputs[one], inputs[next_]) for one, next_ in itertools.pairwise(order)),
-    ]
+    keys = {
+        number: np.concatenate(arrays[number])[:-1].astype(">i4").tobytes() for number in numbers
+    }
+    order = sorted(keys, key=keys.__getitem__)
+    lengths = [len(keys[number]) // 4 for number in order]
+    shared = [0, *(_common_prefix(keys[a], keys[b]) for a, b in itertools.pairwise(order))]
     groups = []
     start = 0
     while start < len(order):
@@ -225,9 +224,11 @@ def _group(
     return sorted(groups, key=lambda group: -group.num_tokens)
 
 
-def _common_prefix(one: np.ndarray, other: np.ndarray) -> int:
-    length = min(len(one), len(other))
-    different = np.flatnonzero(one[:length] != other[:length])
+def _common_prefix(one: bytes, other: bytes) -> int:
+    """Tokens of four bytes in common."""
+    length = min(len(one), len(other)) // 4
+    one_ids, other_ids = (np.frombuffer(x, dtype=np.int32, count=length) for x in (one, other))
+    different = np.flatnonzero(one_ids != other_ids)
     return int(different[0]) if len(different) else length
 
 
@@ -261,28 +262,28 @@ def _lay_out(arrays: Sequence[tuple[np.ndarray, np.ndarray]], group: _Group) -> 
     ids: list[np.ndarray] = []
     places: list[tuple[int, int]] = []  # positions of each segment's rows
     segments: list[Segment] = []
-    rows: list[np.ndarray] = []  # that predict, of each sequence
+    predicting: list[tuple[int, int]] = []  # runs of rows, sequence by sequence
     targets: list[np.ndarray] = []
-    path: tuple[tuple[int, int], ...] = ()  # rows of the sequence, in runs
+    counts: list[int] = []  # of each sequence's targets
+    path: list[tuple[int, int]] = []  # rows of the sequence, in runs
     row = 0
     for number, shared in zip(group.numbers, group.shared, strict=True):
         prompt, completion = arrays[number]
-        whole = np.concatenate([prompt, completion])
-        path = _start_of(path, shared)
-        new = whole[shared:-1]
-        if len(new):
-            ids.append(new)
-            places.append((shared, len(new)))
-            segments.append(Segment(row, len(new), path))
-            path = (*path, (row, len(new)))
-            row += len(new)
+        path, _ = _cut(path, shared)
+        new = len(prompt) + len(completion) - 1 - shared
+        if new:
+            ids += prompt[shared:], completion[max(shared - len(prompt), 0) : -1]
+            places.append((shared, new))
+            segments.append(Segment(row, new, tuple(path)))
+            path.append((row, new))
+            row += new
         # Nothing predicts the first token of an empty prompt's completion.
-        first = max(len(prompt), 1)
-        rows.append(_ranges(path)[first - 1 :])
-        targets.append(whole[first:])
-    counts = [len(of_one) for of_one in rows]
+        predicted = completion if len(prompt) else completion[1:]
+        predicting += _cut(path, max(len(prompt) - 1, 0))[1]
+        targets.append(predicted)
+        counts.append(len(predicted))
     predictions, terms = np.unique(
-        np.concatenate(rows) << 32 | np.concatenate(targets), return_inverse=True
+        _ranges(predicting) << 32 | np.concatenate(targets), return_inverse=True
     )
     return Pack(
         ids=np.concatenate(ids).astype(np.int64) if ids else np.empty(0, dtype=np.int64),
@@ -296,15 +297,19 @@ def _lay_out(arrays: Sequence[tuple[np.ndarray, np.ndarray]], group: _Group) -> 
     )
 
 
-def _start_of(path: Sequence[tuple[int, int]], length: int) -> tuple[tuple[int, int], ...]:
-    """The first `length` rows of a path."""
-    runs = []
+def _cut(
+    path: Sequence[tuple[int, int]], length: int
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """The first `length` rows of a path, and the others."""
+    head, tail = [], []
     for first, count in path:
-        if length <= 0:
-            break
-        runs.append((first, min(count, length)))
-        length -= count
-    return tuple(runs)
+        taken = min(count, length)
+        length -= taken
+        if taken:
+            head.append((first, taken))
+        if taken < count:
+            tail.append((first + taken, count - taken))
+    return head, tail
 
 
 def _ranges(runs: Sequence[tuple[int, int]]) -> np.ndarray:
