@@ -72,8 +72,8 @@ def scoring_details(records: Sequence[FileRecord], wall_s: float) -> dict[str, A
         "useful_tokens": int(totals["useful_tokens"]),
         "useful_tokens_per_s": totals["useful_tokens"] / busy,
         "computed_tokens": int(totals["computed_tokens"]),
-        # Shared completion tokens are computed once, so this may be below 0.
-        "padding_share": 1 - totals["useful_tokens"] / max(totals["computed_tokens"], 1),
+        # Above 1 with padding, below it with what prompts or completions have in common.
+        "computed_per_useful_token": totals["computed_tokens"] / max(totals["useful_tokens"], 1),
         "flops": totals["flops"],
         "model_flops_per_s": totals["flops"] / busy,
         "wait_share": waited / max(waited + seconds, 1e-9),

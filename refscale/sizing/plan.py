@@ -95,7 +95,7 @@ class Sizing:
         found.append(("lengths from", length.origin))
         for name, count in self.pairs.items():
             found.append((f"pairs, {name}", f"{count:,}"))
-        shared = 1 - length.useful_tokens / length.padded_tokens
+        shared = 1 - length.scoring.rows / length.padded_tokens
         found.append(
             ("tokens scored", f"{length.useful_tokens:,.0f} ({shared:.0%} saved by sharing)")
         )
