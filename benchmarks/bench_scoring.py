@@ -33,7 +33,7 @@ from common import (
 from scoring_accuracy import accuracy
 
 from refscale.progress import say
-from refscale.scoring.devices import choose_dtype, keep_freed_memory
+from refscale.scoring.devices import choose_dtype, default_budget, keep_freed_memory
 from refscale.scoring.encoded_pairs import EncodedPairs
 from refscale.scoring.packing import plan_packs
 
@@ -134,6 +134,10 @@ def main(argv: list[str] | None = None) -> int:
         )
         for name in filter(None, arguments.corpora.split(","))
     }
+    if arguments.files and tokenizer is None:
+        raise BenchmarkError(
+            f"--files needs a model folder with a tokenizer, not {arguments.model}"
+        )
     for path in arguments.files:
         data[path.stem] = corpora.read(path, arguments.pairs, arguments.model)
     rows: list[Row] = []
@@ -363,9 +367,10 @@ def _needed(model: Any, pairs: EncodedPairs, token_budget: int | None) -> dict[s
     from refscale.scoring.flops import Flops
 
     flops = Flops.of(model)
-    plan = plan_packs(
-        pairs.prompt_ids, pairs.chosen_ids, pairs.rejected_ids, token_budget or 1 << 20
+    token_budget = token_budget or default_budget(
+        model.config.get_text_config(), model.dtype, model.device
     )
+    plan = plan_packs(pairs.prompt_ids, pairs.chosen_ids, pairs.rejected_ids, token_budget)
     return {
         "useful_tokens": plan.useful_tokens,
         "flops": sum(flops.total(p.num_tokens, len(p.rows), p.context) for p in plan.iter_packs()),

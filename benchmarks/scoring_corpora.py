@@ -1,7 +1,7 @@
 """Corpora for the scoring benchmark: random ids with the lengths of real ones, or a file of pairs.
 
 Lengths are log-normal with the parameters measured on the real corpora (SmolLM2's tokenizer), cut
-at 1,024 tokens per sequence as training does:
+at 1,024 tokens per sequence as training does, not counting what all prompts begin with:
 
     hh-like             medians 81, 27 and 33 tokens of prompt, chosen and rejected: much to share
     pandalm-like        medians 38, 36 and 20: little to share
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from common import BenchmarkError
 
 from refscale.config import parse_config
@@ -71,12 +72,12 @@ def make(
 
 
 def read(path: Path, num_pairs: int, model: str) -> EncodedPairs:
-    """The first pairs of a file, encoded as `prepare` does, cut to 1,024 tokens.
+    """Pairs of the start of a file as `prepare` encodes and orders them, cut to 1,024 tokens.
 
     Args:
         path: Pairs in any shape that a corpus may have.
         num_pairs: Pairs at most.
-        model: A folder with a tokenizer, whose chat template conversations take.
+        model: A folder whose tokenizer and chat template they take.
 
     Raises:
         RefscaleError: They cannot be read, or none is valid.
@@ -87,7 +88,12 @@ def read(path: Path, num_pairs: int, model: str) -> EncodedPairs:
         "encoding": {"max_length": MAX_LENGTH},
     }
     plan = preparation.plan(parse_config(data))
-    table = preparation.prepare_unit(plan, 0, plan.encoder.load()).pairs
+    encoder = plan.encoder.load()
+    tables: list[pa.Table] = []
+    while len(tables) < len(plan.units) and sum(map(len, tables)) < num_pairs:
+        tables.append(preparation.prepare_unit(plan, len(tables), encoder).pairs)
+    # Shards have pairs in that order: turns of a dialogue do not lie side by side.
+    table = pa.concat_tables(tables).sort_by("prompt_hash")
     pairs = EncodedPairs.from_table(table)
     if not len(pairs):
         raise BenchmarkError(f"{path} holds no valid pair")
@@ -114,7 +120,7 @@ def describe(pairs: EncodedPairs) -> dict[str, Any]:
 
 
 def one_pair_a_prompt(pairs: EncodedPairs) -> list[EncodedPairs]:
-    """The same pairs in as many parts as a prompt has pairs at most: none shares with another."""
+    """The same pairs in as many parts as a prompt has pairs at most, one of each in a part."""
     turns = _turns(pairs)
     return [pairs.take(np.flatnonzero(turns == turn).tolist()) for turn in range(max(turns) + 1)]
 

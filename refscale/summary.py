@@ -72,7 +72,7 @@ def scoring_details(records: Sequence[FileRecord], wall_s: float) -> dict[str, A
         "useful_tokens": int(totals["useful_tokens"]),
         "useful_tokens_per_s": totals["useful_tokens"] / busy,
         "computed_tokens": int(totals["computed_tokens"]),
-        # Above 1 with padding, below it with what prompts or completions have in common.
+        # Padding adds to it; what prompts or completions have in common makes it less.
         "computed_per_useful_token": totals["computed_tokens"] / max(totals["useful_tokens"], 1),
         "flops": totals["flops"],
         "model_flops_per_s": totals["flops"] / busy,

@@ -6,25 +6,23 @@ dictionary order, and each adds only what it does not have in common with the on
     [ system prompt, prompt A, completion 1 ][ rest of completion 2 ][ prompt B, completion 1 ][ …
 
 So a prompt is computed once for all its completions, and once a pack whatever prompts have in
-common: a chat template's system prompt, tools, the earlier turns of a dialogue.
+common: a chat template's system prompt, tools, examples.
 
 No padding and no mask: attention.py runs each segment against its own keys, given by `segments`.
 The last token of a sequence is left out, because nothing asks for its hidden state.
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
-# Most tokens of a pack's sequences in all, as a multiple of the budget: attention gathers the keys
-# of each, and those of a long system prompt count for all of them.
-_MOST_KEYS = 8
-# A pack ends early where that saves a token to compute again for so many, of its sequences in all,
-# that are left to the next pack.
-_TOKENS_PUT_OFF = 16
+# A pack may end early, to cut where less is shared: it leaves so many keys at most to the next one
+# for each token that is then not computed twice. About what starting a pack costs on a CPU.
+_KEYS_PUT_OFF = 16
 
 
 @dataclass(frozen=True)
@@ -78,6 +76,11 @@ class Pack:
     def num_tokens(self) -> int:
         """T, the rows that the model computes."""
         return len(self.ids)
+
+    @property
+    def num_keys(self) -> int:
+        """Keys that attention gathers: each segment's prefix and its own rows."""
+        return sum(s.prefix_length + s.length for s in self.segments)
 
     @property
     def context(self) -> float:
@@ -143,8 +146,9 @@ def plan_packs(
     prompts: Sequence[np.ndarray],
     chosen: Sequence[np.ndarray],
     rejected: Sequence[np.ndarray],
-    token_budget: int,
+    token_budget: int | None = None,
     *,
+    key_budget: int | None = None,
     switch: int | None = None,
 ) -> Plan:
     """Plan the packs for N pairs.
@@ -153,7 +157,9 @@ def plan_packs(
         prompts: Token ids of each prompt; may be empty.
         chosen: Token ids of each chosen completion, at least one.
         rejected: Likewise.
-        token_budget: Most tokens of a pack. A single sequence that is longer gets its own pack.
+        token_budget: Most tokens of a pack; None puts all into one. A single sequence that is
+            longer gets its own pack.
+        key_budget: Most keys of a pack. Those of a long system prompt count for every sequence.
         switch: As in `length_classes`: no pack holds sequences of both classes.
     """
     numbers: dict[tuple[bytes, bytes], int] = {}
@@ -177,7 +183,7 @@ def plan_packs(
         groups=tuple(
             group
             for members in length_classes(arrays, switch)
-            for group in _group(arrays, members, token_budget)
+            for group in _group(arrays, members, token_budget, key_budget)
         ),
     )
 
@@ -198,27 +204,35 @@ def length_classes(
 
 
 def make_packs(
-    arrays: Sequence[tuple[np.ndarray, np.ndarray]], numbers: Iterable[int], token_budget: int
+    arrays: Sequence[tuple[np.ndarray, np.ndarray]],
+    numbers: Iterable[int],
+    token_budget: int | None = None,
+    key_budget: int | None = None,
 ) -> tuple[Pack, ...]:
     """Packs of the sequences `numbers` of `arrays`, which are (prompt, completion) ids."""
-    return tuple(_lay_out(arrays, group) for group in _group(arrays, numbers, token_budget))
+    groups = _group(arrays, numbers, token_budget, key_budget)
+    return tuple(_lay_out(arrays, group) for group in groups)
 
 
 def _group(
-    arrays: Sequence[tuple[np.ndarray, np.ndarray]], numbers: Iterable[int], token_budget: int
+    arrays: Sequence[tuple[np.ndarray, np.ndarray]],
+    numbers: Iterable[int],
+    token_budget: int | None,
+    key_budget: int | None,
 ) -> list[_Group]:
-    """What goes into each pack; the largest first, so that memory peaks at the start."""
-    # Ids are not negative, so their big-endian bytes are ordered as they are.
-    keys = {
-        number: np.concatenate(arrays[number])[:-1].astype(">i4").tobytes() for number in numbers
+    """What goes into each pack; the longest first, so that memory peaks at the start."""
+    # Four bytes a token: any order of bytes has what starts alike side by side.
+    inputs = {
+        number: np.concatenate(arrays[number])[:-1].astype(np.int32).tobytes() for number in numbers
     }
-    order = sorted(keys, key=keys.__getitem__)
-    lengths = [len(keys[number]) // 4 for number in order]
-    shared = [0, *(_common_prefix(keys[a], keys[b]) for a, b in itertools.pairwise(order))]
+    order = sorted(inputs, key=inputs.__getitem__)
+    lengths = [len(inputs[number]) // 4 for number in order]
+    shared = [0, *(_common_prefix(inputs[a], inputs[b]) for a, b in itertools.pairwise(order))]
+    most = [math.inf if budget is None else budget for budget in (token_budget, key_budget)]
     groups = []
     start = 0
     while start < len(order):
-        stop, rows = _end(lengths, shared, start, token_budget)
+        stop, rows = _end(lengths, shared, start, *most)
         groups.append(_Group(order[start:stop], [0, *shared[start + 1 : stop]], rows))
         start = stop
     return sorted(groups, key=lambda group: -group.num_tokens)
@@ -233,26 +247,30 @@ def _common_prefix(one: bytes, other: bytes) -> int:
 
 
 def _end(
-    lengths: Sequence[int], shared: Sequence[int], start: int, token_budget: int
+    lengths: Sequence[int],
+    shared: Sequence[int],
+    start: int,
+    token_budget: float,
+    key_budget: float,
 ) -> tuple[int, int]:
     """Where the pack ends whose first sequence is `start`, and its rows.
 
-    Near the budget, where the least is shared across the cut and so computed again.
+    Near its budgets, where the least is shared across the cut and so computed again.
     """
-    # If it ends after the first sequence, the second, …
+    # Of the pack, if it ends after its first sequence, the second, …
     rows, keys = [lengths[start]], [lengths[start]]
     for i in range(start + 1, len(lengths)):
-        more = rows[-1] + lengths[i] - shared[i]
-        seen = keys[-1] + (lengths[i] if lengths[i] > shared[i] else 0)
-        if more > token_budget or seen > _MOST_KEYS * token_budget:
+        new = lengths[i] - shared[i]
+        rows_then, keys_then = rows[-1] + new, keys[-1] + (lengths[i] if new else 0)
+        if rows_then > token_budget or keys_then > key_budget:
             break
-        rows.append(more)
-        keys.append(seen)
+        rows.append(rows_then)
+        keys.append(keys_then)
     else:
         return len(lengths), rows[-1]
 
     def cost(count: int) -> float:
-        return shared[start + count] + (keys[-1] - keys[count - 1]) / _TOKENS_PUT_OFF
+        return shared[start + count] + (keys[-1] - keys[count - 1]) / _KEYS_PUT_OFF
 
     count = min(range(len(rows), 0, -1), key=cost)
     return start + count, rows[count - 1]

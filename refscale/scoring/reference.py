@@ -63,6 +63,10 @@ ENGINE_VERSION = 2
 NONFINITE = "nonfinite_logp"
 OUT_OF_MEMORY = "out_of_memory"
 _SMALLEST_BUDGET = 64  # tokens
+# Keys of a pack, a multiple of its tokens: pairs that share a prompt alone have 2 at most. Where a
+# long system prompt is shared, more; a GPU gathers them all at once.
+_KEYS_A_TOKEN = 8
+_FEW_KEYS = 1 << 19
 
 Path = Literal["packed", "padded"]
 AskedPath = Literal["auto", "packed", "padded"]
@@ -97,6 +101,7 @@ class ReferenceModel:
         self.token_budget = token_budget or default_budget(
             forward.config, forward.dtype, forward.device
         )
+        self._key_budget = max(_FEW_KEYS, _KEYS_A_TOKEN * self.token_budget)
         self.info: dict[str, Any] = {
             "device": device_name(forward.device),
             "dtype": str(forward.dtype).removeprefix("torch."),
@@ -263,6 +268,7 @@ class ReferenceModel:
             pairs.chosen_ids,
             pairs.rejected_ids,
             self.token_budget,
+            key_budget=self._key_budget,
             switch=self._limits.rope_switch,
         )
         # The last token of a sequence is not put in.
@@ -290,9 +296,9 @@ class ReferenceModel:
         work = [batch]
         while work:
             piece = work.pop()
-            if piece.num_tokens > self.token_budget and len(piece.sequences) > 1:
+            if self._is_over(piece) and len(piece.sequences) > 1:
                 # Laid out before the budget was halved, or a split that was not small enough.
-                work.extend(_split(piece, plan, self.token_budget))
+                work.extend(self._split(piece, plan))
                 continue
             try:
                 self._forward.score(piece, sums, stats)
@@ -307,9 +313,34 @@ class ReferenceModel:
             if len(piece.sequences) == 1:
                 sums.failed[int(piece.sequences[0])] = OUT_OF_MEMORY
                 continue
-            self.token_budget = max(_SMALLEST_BUDGET, min(self.token_budget, piece.num_tokens) // 2)
-            logger.warning("out of memory: the token budget is now %d", self.token_budget)
-            work.extend(_split(piece, plan, self.token_budget))
+            if isinstance(piece, Pack) and piece.num_keys > _KEYS_A_TOKEN / 2 * piece.num_tokens:
+                # Fewer tokens would first of all share less.
+                self._key_budget = piece.num_keys // 2
+                logger.warning("out of memory: packs now have %d keys at most", self._key_budget)
+            else:
+                smaller = min(self.token_budget, piece.num_tokens) // 2
+                self.token_budget = max(_SMALLEST_BUDGET, smaller)
+                logger.warning("out of memory: the token budget is now %d", self.token_budget)
+            work.extend(self._split(piece, plan))
+
+    def _is_over(self, batch: Batch) -> bool:
+        keys = batch.num_keys if isinstance(batch, Pack) else 0
+        return batch.num_tokens > self.token_budget or keys > self._key_budget
+
+    def _split(self, batch: Batch, plan: Plan) -> list[Batch]:
+        """The sequences of a batch in smaller batches, within the budgets where possible."""
+
+        def lay_out(numbers: list[int]) -> list[Batch]:
+            if isinstance(batch, Pack):
+                return [*make_packs(plan.sequences, numbers, self.token_budget, self._key_budget)]
+            return [*padded_batches(plan.sequences, numbers, self.token_budget)]
+
+        numbers = batch.sequences.tolist()
+        pieces = lay_out(numbers)
+        if len(pieces) > 1:
+            return pieces
+        middle = len(numbers) // 2
+        return [*lay_out(numbers[:middle]), *lay_out(numbers[middle:])]
 
     def _compile_is_due(self) -> bool:
         if self._compilation == "auto":
@@ -462,19 +493,3 @@ class ReferenceModel:
             for batch in padded_batches(plan.sequences, range(plan.num_sequences), 1):
                 self._forward.score_own_logits(batch, sums)
         return sums.logps()
-
-
-def _split(batch: Batch, plan: Plan, token_budget: int) -> list[Batch]:
-    """The sequences of a batch in smaller batches, of at most `token_budget` where possible."""
-
-    def lay_out(numbers: list[int]) -> list[Batch]:
-        if isinstance(batch, Pack):
-            return [*make_packs(plan.sequences, numbers, token_budget)]
-        return [*padded_batches(plan.sequences, numbers, token_budget)]
-
-    numbers = batch.sequences.tolist()
-    pieces = lay_out(numbers)
-    if len(pieces) > 1:
-        return pieces
-    middle = len(numbers) // 2
-    return [*lay_out(numbers[:middle]), *lay_out(numbers[middle:])]

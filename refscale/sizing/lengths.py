@@ -6,6 +6,7 @@ one unit of every source is read.
 
 What it gives up: prompts and completions that recur beyond the sample are not seen, so a corpus of
 many completions a prompt is estimated from a prepared run (whole shards), not from its sources.
+Turns of one dialogue lie side by side in a source and apart in the shards, which share less.
 """
 
 from collections.abc import Sequence
@@ -22,9 +23,9 @@ from refscale.storage.stages import StageFolder
 from refscale.storage.store import Store
 
 SAMPLE_PAIRS = 2000
-# The starts that prompts have in common are computed once for so many tokens.
+# Tokens of a pack, within which what prompts have in common is computed once. Replicas on large
+# GPUs take more and share more.
 _PACK_TOKENS = 16384
-_UNBOUNDED = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -151,17 +152,14 @@ def of_pairs(
     if not len(prompt_ids):
         raise ConfigError(f"no pairs to size the run from ({origin})")
     plan = plan_packs(prompt_ids, chosen_ids, rejected_ids, _PACK_TOKENS)
-    each = zip(prompt_ids, chosen_ids, rejected_ids, strict=True)
-    sides = [
-        (len(p), len(c), len(r))
-        for p, c, r in zip(prompt_ids, chosen_ids, rejected_ids, strict=True)
-    ]
+    pairs = list(zip(prompt_ids, chosen_ids, rejected_ids, strict=True))
+    sides = [(len(p), len(c), len(r)) for p, c, r in pairs]
     return Lengths(
         num_pairs=len(prompt_ids),
         holdout_pairs=0,
         useful_tokens=plan.useful_tokens,
         scoring=_work(plan),
-        alone=reduce(add, (_work(plan_packs([p], [c], [r], _UNBOUNDED)) for p, c, r in each)),
+        alone=reduce(add, (_work(plan_packs([p], [c], [r])) for p, c, r in pairs)),
         padded_tokens=sum(2 * p + c + r for p, c, r in sides),
         longest=max(p + max(c - 1, 0) + max(r - 1, 0) for p, c, r in sides),
         origin=origin,

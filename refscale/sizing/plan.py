@@ -95,7 +95,8 @@ class Sizing:
         found.append(("lengths from", length.origin))
         for name, count in self.pairs.items():
             found.append((f"pairs, {name}", f"{count:,}"))
-        shared = 1 - length.scoring.rows / length.padded_tokens
+        # What predicts nothing, the last token of each side, is not computed either.
+        shared = 1 - length.scoring.rows / (length.padded_tokens - 2 * length.num_pairs)
         found.append(
             ("tokens scored", f"{length.useful_tokens:,.0f} ({shared:.0%} saved by sharing)")
         )
@@ -197,7 +198,7 @@ def plan(
     recomputed = computed_passes / passes
     training_mfu = assumed.training_mfu
     if training_mfu is None:
-        padded = _tokens_in_training(config, lengths) * lengths.num_pairs / lengths.useful_tokens
+        padded = _tokens_in_training(config, lengths) / _packed_tokens(lengths)
         training_mfu = COMPUTED_MFU / (padded * recomputed)
         assumed = replace(assumed, training_mfu=training_mfu)
     peak, peak_training = (
@@ -394,9 +395,15 @@ def _measuring_notes(
 
 
 def _tokens_in_training(config: Config, lengths: Lengths) -> float:
-    """Of a pair, on average, as training computes it; without sharing between pairs."""
-    padded = config.train.packed == "off"
-    return (lengths.padded_tokens if padded else lengths.useful_tokens) / lengths.num_pairs
+    """Of a pair, on average, as training computes it."""
+    if config.train.packed == "off":
+        return lengths.padded_tokens / lengths.num_pairs
+    return _packed_tokens(lengths)
+
+
+def _packed_tokens(lengths: Lengths) -> float:
+    """Of a pair on its own, on average, with each side's last token, which is not computed."""
+    return lengths.alone.rows / lengths.num_pairs + 2
 
 
 def _steps(config: Config, lengths: Lengths, kept: int) -> tuple[int, float]:

@@ -27,7 +27,6 @@ from refscale.scoring import attention
 from refscale.scoring.packing import Segment, plan_packs
 
 _PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-_UNBOUNDED = 1 << 62  # tokens: a micro-batch is one pack
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def pack_pairs(
     prompts, chosen, rejected = (
         [np.asarray(pair[side], dtype=np.int32) for pair in pairs] for side in range(3)
     )
-    plan = plan_packs(prompts, chosen, rejected, _UNBOUNDED)
+    plan = plan_packs(prompts, chosen, rejected)
     (pack,) = plan.packs
     width = max(len(p) + max(len(c), len(r)) for p, c, r in pairs) - 1
     place = {int(number): i for i, number in enumerate(pack.sequences)}

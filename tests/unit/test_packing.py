@@ -61,7 +61,8 @@ def check(plan, token_budget):
             assert plan.num_scored[number] == len(found)
 
 
-token = st.integers(0, 3)  # few tokens, so that prefixes and whole sequences repeat
+# Few tokens, so that prefixes and whole sequences repeat; of one byte and of four.
+token = st.sampled_from([0, 1, 256, 2**31 - 1])
 prompt_ids = st.lists(token, max_size=9).map(lambda x: ids(*x))
 completion_ids = st.lists(token, min_size=1, max_size=9).map(lambda x: ids(*x))
 
@@ -91,6 +92,16 @@ def test_every_completion_token_is_scored_once_after_just_its_own_prefix(corpus,
             assert plan.sequences[number][0].tolist() == prompt.tolist()
             assert plan.sequences[number][1].tolist() == completion.tolist()
     check(plan, token_budget)
+
+
+@settings(max_examples=100, deadline=None)
+@given(corpora(), st.integers(1, 40), st.integers(0, 20))
+def test_no_pack_holds_sequences_on_both_sides_of_a_switch(corpus, token_budget, switch):
+    plan = plan_packs(*corpus, token_budget, switch=switch)
+    check(plan, token_budget)
+    for pack in plan.packs:
+        lengths = [sum(map(len, plan.sequences[n])) - 1 for n in pack.sequences.tolist()]
+        assert len({length > switch for length in lengths}) == 1
 
 
 @settings(max_examples=100, deadline=None)
@@ -202,13 +213,31 @@ def test_packs_end_where_the_least_is_cut():
     assert least * 0.99 < sum(pack.num_tokens for pack in plan.packs) <= least * 1.01
 
 
-def test_a_long_common_prefix_does_not_let_the_keys_of_a_pack_grow_without_bound():
+def test_a_pack_ends_early_only_where_that_saves_enough():
+    # Three pairs of 10 + 2 + 2 tokens fit, and of a fourth the chosen side, if it is cut from the
+    # other: then its prompt is computed twice. Left to the next pack it has 11 keys.
+    prompts = [ids(*range(10 * i, 10 * i + 10)) for i in range(4)]
+    sides = [[ids(50 + k, 60 + i) for i in range(4)] for k in range(2)]
+    plan = plan_packs(prompts, *sides, 3 * 12 + 11)
+    assert [len(pack.sequences) for pack in plan.packs] == [6, 2]
+    # One token in common with the next prompt is not worth a pack that holds the first alone.
+    prompts = [ids(*range(10)), *(ids(20, *range(10 * i, 10 * i + 9)) for i in range(3, 8))]
+    sides = [[ids(80 + k, 90) for _ in prompts] for k in range(2)]
+    plan = plan_packs(prompts, *sides, 3 * 12)
+    assert max(pack.num_tokens for pack in plan.packs) > 2 * 12
+    check(plan, 3 * 12)
+
+
+def test_the_keys_of_a_pack_are_bounded_too():
     system = ids(*np.arange(300) % 50)
     pairs = [(ids(60, i), ids(70, i, 1)) for i in range(200)]
-    plan = plan_packs([system] * 200, *map(list, zip(*pairs, strict=True)), 512)
-    keys = [sum(s.prefix_length + s.length for s in pack.segments) for pack in plan.packs]
-    assert max(keys) <= 8 * 512 and np.mean(keys[:-1]) > 7 * 512
+    sides = list(map(list, zip(*pairs, strict=True)))
+    plan = plan_packs([system] * 200, *sides, 512, key_budget=4096)
+    keys = [pack.num_keys for pack in plan.packs]
+    assert max(keys) <= 4096 and np.mean(keys[:-1]) > 3500
     check(plan, 512)
+    # Each has the system prompt, of which the rejected sides that are not the first cost one row.
+    assert len(plan_packs([system] * 200, *sides, 512).packs) == 1
 
 
 def test_packs_are_laid_out_when_they_are_asked_for():

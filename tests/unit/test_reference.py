@@ -1,5 +1,7 @@
 """The reference model: parity with TRL, invariance, retries, self-check."""
 
+import math
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -152,7 +154,7 @@ def test_stats_count_what_was_done(llama, path):
     assert stats.computed_tokens == {"packed": 10 + 2 + 2 + 1, "padded": 36}[path]
     assert stats.head_rows == 8
     flops = Flops.of(llama)
-    # Packed context: 10 * 11 / 2, leaves 10 + 11 + ... each row sees its prefix and itself.
+    # Packed context: 10 * 11 / 2 of the prompt; each row sees what comes before it and itself.
     context = {"packed": 55 + (11 + 12) * 2 + 11, "padded": 3 * 12 * 13 / 2}[path]
     assert stats.flops == flops.total(stats.computed_tokens, 8, context)
     # q and o 32 x 32, k and v 32 x 16, MLP 3 x 32 x 48, two layers; head 101 x 32.
@@ -217,14 +219,14 @@ def test_sum_squares_is_the_mean_log_of_the_summed_squares(llama, path):
 
 @pytest.fixture
 def limit_tokens(monkeypatch):
-    """Forwards of more than so many rows run out of memory; the sizes of those that did not."""
+    """Forwards of more than so many rows, or keys, run out of memory; the sizes of the others."""
     sizes = []
 
-    def limit(rows):
+    def limit(rows, keys=math.inf):
         score = Forward.score
 
         def limited(self, batch, sums, stats):
-            if batch.num_tokens > rows:
+            if batch.num_tokens > rows or getattr(batch, "num_keys", 0) > keys:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
             sizes.append(batch.num_tokens)
             score(self, batch, sums, stats)
@@ -249,6 +251,20 @@ def test_out_of_memory_halves_the_budget_and_loses_nothing(llama, limit_tokens, 
     assert 1 <= scores.stats.oom_retries <= 2
     assert max(sizes) <= 100
     assert reference.score(pairs).stats.oom_retries == 0
+
+
+def test_where_keys_fill_the_memory_packs_have_fewer_and_go_on_sharing(llama, limit_tokens):
+    system = ids(*np.arange(80) % 100)
+    sides = [[ids(i, k, 7) for i in range(30)] for k in range(2)]
+    pairs = EncodedPairs([system] * 30, *sides)
+    model = ReferenceModel.from_model(llama, path="packed")
+    wanted = both(model.score(pairs))
+    sizes = limit_tokens(1000, keys=1500)
+    scores = model.score(pairs)
+    np.testing.assert_allclose(both(scores), wanted, atol=2e-4)
+    assert model.token_budget >= 1000 and scores.stats.oom_retries <= 2
+    # 60 sequences of 82 rows, of which at least 9 share a pack.
+    assert len(sizes) <= 60 / 9 + 1 and sum(sizes) < 60 * 82 / 5
 
 
 @PATHS
@@ -340,7 +356,7 @@ def test_what_is_not_finite_in_float32_either_gets_a_reason_and_spares_the_rest(
 
 
 def wrong_attention(module, query, key, value, attention_mask, **options):
-    """Leaves see nothing of their prompt."""
+    """Segments see nothing of their prefix."""
     segments = attention._layout.segments
     blind = [type(s)(s.start, s.length, ()) for s in segments]
     with attention.layout(attention.Layout(blind)):

@@ -653,6 +653,23 @@ def test_training_is_not_taken_to_share_a_system_prompt_as_scoring_does(tiny_mod
     assert found["scoring"] < given["scoring"] / 4
 
 
+def test_training_counts_a_prompt_of_several_pairs_for_each(llama):
+    prompt = np.arange(81, dtype=np.int32)
+    answers = [np.arange(55, dtype=np.int32) + 100 * i for i in range(1, 5)]
+    chosen, rejected = zip(
+        *((answers[i], answers[j]) for i in range(4) for j in range(i)), strict=True
+    )
+    lengths = of_pairs([prompt] * 6, chosen, rejected, origin="test")
+    alike = of_means(6, 81, 55, 55)
+    assert lengths.useful_tokens < alike.useful_tokens / 3
+    train = {"token_budget": 2 * (81 + 54 + 54), "max_steps": 5}
+    for packed in ("auto", "off"):
+        config = make_config(llama, train={**train, "packed": packed})
+        found, given = (plan(config, x, gpus="8xH100") for x in (lengths, alike))
+        assert found.gpu_hours["training"] == pytest.approx(given.gpu_hours["training"])
+        assert found.flops["training"] == given.flops["training"]
+
+
 def test_every_assumption_is_printed_with_its_value(llama):
     shape = model_shape(make_config(llama))
     lengths = of_means(10, 4, 4, 4)
