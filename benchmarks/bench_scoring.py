@@ -110,6 +110,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.pairs < 2 or arguments.repeats < 1:
         raise BenchmarkError("--pairs must be at least 2 and --repeats at least 1")
+    if arguments.through_ray and arguments.threads:
+        # The replica would still take them: an embedded Ray shares the cores out among processes.
+        raise BenchmarkError("--through-ray measures with all cores, without --threads")
     if arguments.device == "auto":
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.corpora is None:

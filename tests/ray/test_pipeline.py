@@ -13,6 +13,7 @@ from support import string_pairs, write_jsonl
 
 from refscale import schema
 from refscale.cli import main
+from refscale.errors import RefscaleError
 
 pytestmark = pytest.mark.ray
 
@@ -279,3 +280,5 @@ def test_the_scoring_benchmark_compares_a_replica_with_a_bare_process(
     assert through_ray["pairs_per_s"]["repeats"] == 2
     assert 0 < through_ray["of_bare_process"]
     assert rows["refscale packed"]["largest_error_nats"] < 1e-3
+    with pytest.raises(RefscaleError, match="with all cores"):
+        bench_scoring.parse(["--through-ray", "--threads", "1"])
