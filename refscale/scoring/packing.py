@@ -21,7 +21,7 @@ from functools import cached_property
 import numpy as np
 
 # A pack may end early, to cut where less is shared: it leaves so many keys at most to the next one
-# for each token that is then not computed twice. About what starting a pack costs on a CPU.
+# for each token that is then not computed twice. A judgement: starting a pack has its cost too.
 _KEYS_PUT_OFF = 16
 
 

@@ -236,7 +236,7 @@ def test_the_keys_of_a_pack_are_bounded_too():
     keys = [pack.num_keys for pack in plan.packs]
     assert max(keys) <= 4096 and np.mean(keys[:-1]) > 3500
     check(plan, 512)
-    # Each has the system prompt, of which the rejected sides that are not the first cost one row.
+    # Without that bound they fit one pack: what they do not share is a row a pair.
     assert len(plan_packs([system] * 200, *sides, 512).packs) == 1
 
 
