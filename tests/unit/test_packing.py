@@ -207,7 +207,7 @@ def test_packs_end_where_the_least_is_cut():
     ]
     plan = plan_packs(prompts, *sides, 512)
     filled = [pack.num_tokens / 512 for pack in plan.packs]
-    assert np.mean(filled) > 0.85
+    assert np.mean(filled[:-1]) > 0.92
     # Sequences less their last tokens; of a pair the prompt once, whatever pack it is in.
     least = sum(len(x) for x in prompts) + sum(len(x) - 1 for side in sides for x in side)
     assert least * 0.99 < sum(pack.num_tokens for pack in plan.packs) <= least * 1.01
