@@ -48,6 +48,7 @@ from refscale.training import resumption
 from refscale.training.checks import NO_HOLDOUT, check_training
 from refscale.training.log import TrainingProgress
 from refscale.training.options import WorkerSettings, deciding_options, measuring_decides
+from refscale.training.presets import steps_on_cpus
 
 STAGES = ("prepare", "score", "select", "train", "evaluate", "report")
 _HOLDOUT = "holdout"  # in training/, while a training measures itself
@@ -423,6 +424,12 @@ def train(run: Run) -> dict[str, Any]:
         fingerprint=digest(fingerprint),
     )
     workers = config.train.num_workers
+    threads = run.threads(workers, config.ray.cpus_per_worker)
+    if steps_on_cpus(config.train.deepspeed):
+        say(
+            f"train     train.deepspeed has CPUs do the optimizer's step, with {threads} thread(s)"
+            " in each worker: ray.cpus_per_worker sets how many"
+        )
     with TrainingProgress(folder):
         metrics = train_on_ray(
             settings,
@@ -432,7 +439,7 @@ def train(run: Run) -> dict[str, Any]:
             num_workers=workers,
             cpus_per_worker=config.ray.cpus_per_worker,
             gpus_per_worker=run.gpus(config.ray.gpus_per_worker),
-            threads=run.threads(workers, config.ray.cpus_per_worker),
+            threads=threads,
             max_failures=config.train.max_failures,
             checkpoints_kept=config.train.save_total_limit,
             wait_for_room_s=0 if run.cluster.embedded else config.ray.wait_for_room_s,

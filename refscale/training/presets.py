@@ -106,6 +106,14 @@ def zero_stage(preset: str | dict[str, Any] | None) -> int:
     return int(((preset or {}).get("zero_optimization") or {}).get("stage", 0))
 
 
+def steps_on_cpus(preset: str | dict[str, Any] | None) -> bool:
+    """Whether a known preset or a DeepSpeed config has CPUs do the optimizer's step."""
+    if isinstance(preset, str):
+        return preset.endswith("_offload")
+    zero = (preset or {}).get("zero_optimization") or {}
+    return (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+
+
 def peft_config(fields: dict[str, Any] | None) -> Any:
     """A `peft.LoraConfig` for `train.peft`; None where there is none.
 

@@ -42,7 +42,8 @@ def write_config(folder, model, rows=None):
         "corpus": {"sources": [{"path": "pairs.jsonl"}], "shard_pairs": 30},
         "encoding": {"max_length": 256},
         "score": {"max_attempts": 2},
-        "ray": {"replicas": 1, "cpus_per_task": 0.5},
+        # Two tasks at a time: each process of Ray's costs a second of a core to start.
+        "ray": {"replicas": 1, "cpus_per_task": 3},
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -108,8 +109,12 @@ def wait_for(run, pattern, count, process, timeout_s=120):
 _DRIVER = """
     import sys
     from refscale.cli import main
+    from refscale.cluster.runtime import connect
+
+    # Connected once: the processes of one stage serve the next.
+    connect({address!r}, num_cpus=None, replicas=1, cpus_per_replica=1)
     for stage in {stages!r}:
-        code = main([stage, {config!r}, "--run-dir", {run!r}, "--set", "ray.address={address}"])
+        code = main([stage, {config!r}, "--run-dir", {run!r}])
         if code:
             sys.exit(code)
 """
@@ -318,6 +323,7 @@ _NODES = """
     from pathlib import Path
     from ray.cluster_utils import Cluster
     from refscale.cli import main
+    from refscale.cluster.runtime import connect, disconnect
 
     run = Path({run!r})
     cluster = Cluster(
@@ -334,7 +340,9 @@ _NODES = """
 
     thread = threading.Thread(target=remove, daemon=True)
     thread.start()
-    options = ["--run-dir", str(run), "--set", "ray.address=" + cluster.address]
+    connect(cluster.address, num_cpus=None, replicas=1, cpus_per_replica=1)
+    # One CPU a task: what remains holds three replicas and a task.
+    options = ["--run-dir", str(run), "--set", "ray.cpus_per_task=1"]
     options += ["--set", "ray.replicas={{min: 1, max: 3}}"]
     for stage in {stages!r}:
         code = main([stage, {config!r}, *options])
@@ -342,6 +350,7 @@ _NODES = """
             sys.exit(code)
     thread.join()
     print(len(removed))
+    disconnect(force=True)
     cluster.shutdown()
 """
 

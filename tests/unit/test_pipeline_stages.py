@@ -304,6 +304,16 @@ def test_scores_name_the_commit_that_scored_and_training_starts_from_it(
         pipeline.prepare(made(model=pinned))
 
 
+@pytest.mark.parametrize(("preset", "said"), [("zero2", False), ("zero2_offload", True)])
+def test_an_offloaded_optimizer_is_told_of_its_threads(made, trained_with, capsys, preset, said):
+    run = made(train={"deepspeed": preset}, ray={"cpus_per_worker": 3})
+    for stage in (pipeline.prepare, pipeline.score, pipeline.select, pipeline.train):
+        stage(run)
+    line = "the optimizer's step, with 3 thread(s) in each worker: ray.cpus_per_worker sets how"
+    assert (line in capsys.readouterr().err) == said
+    assert len(trained_with) == 1
+
+
 @pytest.fixture
 def on_hub(made, tmp_path, monkeypatch, tiny_model):
     """The hub with model org/m and dataset org/d at commits a; makes runs of them."""

@@ -18,7 +18,7 @@ from refscale.run import Run
 from refscale.storage.store import Store
 from refscale.training import checks
 from refscale.training.options import deciding_options, dpo_arguments
-from refscale.training.presets import deepspeed_config, peft_config, zero_stage
+from refscale.training.presets import deepspeed_config, peft_config, steps_on_cpus, zero_stage
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
@@ -265,6 +265,16 @@ def test_zero_stages_of_presets_and_own_configs() -> None:
     assert zero_stage(None) == zero_stage({}) == zero_stage({"zero_optimization": {}}) == 0
     assert zero_stage("zero2_offload") == 2
     assert zero_stage("zero3") == zero_stage({"zero_optimization": {"stage": 3}}) == 3
+
+
+def test_optimizers_that_step_on_cpus() -> None:
+    assert steps_on_cpus("zero2_offload") and steps_on_cpus("zero3_offload")
+    own = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    assert steps_on_cpus({"zero_optimization": own})
+    for none in (None, "zero3", {}, {"zero_optimization": None}):
+        assert not steps_on_cpus(none)
+    for target in (None, {}, {"device": "none"}):
+        assert not steps_on_cpus({"zero_optimization": {**own, "offload_optimizer": target}})
 
 
 def test_lora_options() -> None:
