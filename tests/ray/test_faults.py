@@ -130,30 +130,25 @@ def start_driver(config, run):
     )
 
 
-@pytest.mark.parametrize(
-    ("pattern", "count", "number"),
-    [
-        ("corpus/fragments/unit-*.json", 1, signal.SIGKILL),
+def test_a_run_killed_in_each_of_its_stages_is_resumed_by_the_same_command(undisturbed, tmp_path):
+    config, _, files = undisturbed
+    run = tmp_path / "run"
+    for pattern, count, number in (
+        ("corpus/fragments/unit-*.json", 1, signal.SIGTERM),
         ("corpus/shard-*.parquet", 3, signal.SIGKILL),
         ("scores/shard-*.json", 2, signal.SIGKILL),
         ("selection/STAGE.json", 1, signal.SIGKILL),
-        ("scores/shard-*.json", 1, signal.SIGTERM),
-    ],
-)
-def test_killed_driver_is_resumed_by_the_same_command(
-    undisturbed, tmp_path, pattern, count, number
-):
-    config, _, files = undisturbed
-    run = tmp_path / "run"
-    driver = start_driver(config, run)
-    wait_for(run, pattern, count, driver)
-    driver.send_signal(number)
-    _, errors = driver.communicate(timeout=60)
-    if number == signal.SIGTERM:
-        assert driver.returncode == 130, errors
-        assert "the same command resumes" in errors and not (run / LOCK).exists()
-    else:
-        assert driver.returncode == -signal.SIGKILL
+    ):
+        assert len(list(run.glob(pattern))) < count, f"{pattern}: an earlier driver did it all"
+        driver = start_driver(config, run)
+        wait_for(run, pattern, count, driver)
+        driver.send_signal(number)
+        _, errors = driver.communicate(timeout=60)
+        if number == signal.SIGTERM:
+            assert driver.returncode == 130, errors
+            assert "the same command resumes" in errors and not (run / LOCK).exists()
+        else:
+            assert driver.returncode == -signal.SIGKILL
     assert run_stages(config, run) == 0
     assert published(run) == files
 

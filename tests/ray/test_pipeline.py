@@ -57,7 +57,8 @@ def write_config(folder, model, **changes):
             "load_best_model_at_end": True,
         },
         "evaluate": {"flipped_column": "wrong"},
-        "ray": {"replicas": 2},
+        # Few tasks at a time: each process of Ray's costs a second of a core to start.
+        "ray": {"replicas": 2, "cpus_per_task": 3},
     }
     for section, values in changes.items():
         config[section] = {**config.get(section, {}), **values}

@@ -94,7 +94,8 @@ def test_no_items_need_no_ray():
 
 @pytest.mark.parametrize("count", [1, 2, 100])
 def test_every_item_arrives_once_through_tasks_and_actors(count):
-    steps = [Step(twice, num_cpus=0.25), actors(pool=(1, 2)), Step(twice, num_cpus=0.25)]
+    # Few tasks at a time: each process of Ray's costs a second of a core to start.
+    steps = [Step(twice, num_cpus=2), actors(pool=(1, 2)), Step(twice, num_cpus=2)]
     assert numbers(run_graph(items(count), steps)) == [4 * i for i in range(count)]
 
 
@@ -103,8 +104,8 @@ def test_an_item_is_a_block_of_its_own():
     sizes = [ray.get(ref).num_rows for ref in dataset.get_internal_block_refs()]
     assert sizes == [1] * 50
     # And stays one: a task sees one row whatever the size of its result.
-    large = Step(lambda item: {"n": item["n"], "data": b"x" * (3 << 20)}, num_cpus=0.25)
-    steps = [large, Step(lambda item: {"n": item["n"], "pid": os.getpid()}, num_cpus=0.25)]
+    large = Step(lambda item: {"n": item["n"], "data": b"x" * (3 << 20)}, num_cpus=2)
+    steps = [large, Step(lambda item: {"n": item["n"], "pid": os.getpid()}, num_cpus=2)]
     assert numbers(run_graph(items(50), steps)) == list(range(50))
 
 
