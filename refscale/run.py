@@ -70,8 +70,8 @@ class Run:
         for line in lines:
             console.print(literal(f"gpus      !!! {line}", "bold red"))
 
-    def threads(self, processes: int, cpus_each: float) -> int | None:
-        """Threads of torch in each process; None leaves it to torch and Ray.
+    def threads(self, processes: int, cpus_each: float) -> int:
+        """Threads of torch in each process.
 
         An embedded Ray declares more logical CPUs than there are cores, so the cores are shared
         out among the processes instead. Ray itself would give each one thread per logical CPU.

@@ -42,7 +42,7 @@ def write_config(folder, model, rows=None):
         "corpus": {"sources": [{"path": "pairs.jsonl"}], "shard_pairs": 30},
         "encoding": {"max_length": 256},
         "score": {"max_attempts": 2},
-        # Two tasks at a time: each process of Ray's costs a second of a core to start.
+        # Two tasks at a time: each starts a process of Ray's, which imports before it works.
         "ray": {"replicas": 1, "cpus_per_task": 3},
     }
     path = folder / "config.yaml"
@@ -130,27 +130,40 @@ def start_driver(config, run):
     )
 
 
+def disturb(config, run, pattern, count, number):
+    """Signal a driver once the run has `count` such files; the driver, and what it said."""
+    assert len(list(run.glob(pattern))) < count, f"{pattern}: an earlier driver did it all"
+    driver = start_driver(config, run)
+    wait_for(run, pattern, count, driver)
+    driver.send_signal(number)
+    _, errors = driver.communicate(timeout=60)
+    return driver, errors
+
+
 def test_a_run_killed_in_each_of_its_stages_is_resumed_by_the_same_command(undisturbed, tmp_path):
     config, _, files = undisturbed
     run = tmp_path / "run"
-    for pattern, count, number in (
-        ("corpus/fragments/unit-*.json", 1, signal.SIGTERM),
-        ("corpus/shard-*.parquet", 3, signal.SIGKILL),
-        ("scores/shard-*.json", 2, signal.SIGKILL),
-        ("selection/STAGE.json", 1, signal.SIGKILL),
+    for pattern, count in (
+        ("corpus/fragments/unit-*.json", 1),
+        ("corpus/shard-*.parquet", 3),
+        ("scores/shard-*.json", 2),
+        ("selection/STAGE.json", 1),
     ):
-        assert len(list(run.glob(pattern))) < count, f"{pattern}: an earlier driver did it all"
-        driver = start_driver(config, run)
-        wait_for(run, pattern, count, driver)
-        driver.send_signal(number)
-        _, errors = driver.communicate(timeout=60)
-        if number == signal.SIGTERM:
-            assert driver.returncode == 130, errors
-            assert "the same command resumes" in errors and not (run / LOCK).exists()
-        else:
-            assert driver.returncode == -signal.SIGKILL
+        driver, _ = disturb(config, run, pattern, count, signal.SIGKILL)
+        assert driver.returncode == -signal.SIGKILL
     assert run_stages(config, run) == 0
     assert published(run) == files
+
+
+def test_a_driver_told_to_stop_while_it_scores_is_resumed_by_the_same_command(undisturbed, copy):
+    config, run = copy
+    for stage in ("scores", "selection"):
+        shutil.rmtree(run / stage)
+    driver, errors = disturb(config, run, "scores/shard-*.json", 1, signal.SIGTERM)
+    assert driver.returncode == 130, errors
+    assert "the same command resumes" in errors and not (run / LOCK).exists()
+    assert run_stages(config, run) == 0
+    assert published(run) == undisturbed[2]
 
 
 class Dying(shard_scoring.ShardScorer):

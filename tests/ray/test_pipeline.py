@@ -57,7 +57,7 @@ def write_config(folder, model, **changes):
             "load_best_model_at_end": True,
         },
         "evaluate": {"flipped_column": "wrong"},
-        # Few tasks at a time: each process of Ray's costs a second of a core to start.
+        # Few tasks at a time: each starts a process of Ray's, which imports before it works.
         "ray": {"replicas": 2, "cpus_per_task": 3},
     }
     for section, values in changes.items():

@@ -94,7 +94,7 @@ def test_no_items_need_no_ray():
 
 @pytest.mark.parametrize("count", [1, 2, 100])
 def test_every_item_arrives_once_through_tasks_and_actors(count):
-    # Few tasks at a time: each process of Ray's costs a second of a core to start.
+    # Few tasks at a time: each starts a process of Ray's, which imports before it works.
     steps = [Step(twice, num_cpus=2), actors(pool=(1, 2)), Step(twice, num_cpus=2)]
     assert numbers(run_graph(items(count), steps)) == [4 * i for i in range(count)]
 
