@@ -41,6 +41,7 @@ UNITS = {
     "pairs_per_s": "pairs/s",
     "tokens_per_s": "useful tokens/s",
     "times_trl": "ratio",
+    "computed_tokens": "tokens a useful token",
     "gflops_per_s": "GFLOP/s",
     "ceiling_share": "ratio",
     "mfu": "ratio",
@@ -53,6 +54,7 @@ TITLES = {
     "pairs_per_s": "pairs/s",
     "tokens_per_s": "useful tokens/s",
     "times_trl": "x TRL",
+    "computed_tokens": "tokens computed a useful one",
     "gflops_per_s": "GFLOP/s",
     "ceiling_share": "share of products",
     "mfu": "MFU",
@@ -232,7 +234,8 @@ def _corpus_rows(
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
     with ExitStack() as stack:
         failed: dict[str, str] = {}
-        scorers, order = _scorers(arguments, model, tokenizer, pairs, stack, missing, failed)
+        own = baselines.as_loaded(model)
+        scorers, order = _scorers(arguments, model, own, tokenizer, pairs, stack, missing, failed)
         columns: dict[str, baselines.Columns] = {}
         memory: dict[str, float] = {}
         for name, scorer in scorers.items():
@@ -251,10 +254,13 @@ def _corpus_rows(
                 failed[name] = f"{type(exc).__name__}: {str(exc).splitlines()[0][:120]}"
                 say(f"{name} failed: {failed[name]}")
         gemm = models.products_of(model, dtype, device)
+        computed = {name: models.CountedTokens(model, own) for name in columns}
         seconds = interleaved(
             {
                 _CEILING: gemm,
-                **{name: _waiting(scorers[name], pairs, device) for name in columns},
+                **{
+                    name: _waiting(scorers[name], pairs, device, computed[name]) for name in columns
+                },
             },
             repeats=arguments.repeats,
             warmups=0,
@@ -283,6 +289,9 @@ def _corpus_rows(
         row |= {
             "pairs_per_s": spread(len(pairs) / took),
             "tokens_per_s": spread(needed["useful_tokens"] / took),
+            # Of scorers that compute elsewhere none are seen.
+            "computed_tokens": computed[name].count / (arguments.repeats * needed["useful_tokens"])
+            or None,
             "ceiling_share": spread(speed / rate),
             "gflops_per_s": spread(speed / 1e9),
             "mfu": spread(speed / peak_rate) if peak_rate else None,
@@ -298,13 +307,17 @@ def _corpus_rows(
 def _scorers(
     arguments: argparse.Namespace,
     model: Any,
+    own: Any,
     tokenizer: Any,
     pairs: EncodedPairs,
     stack: ExitStack,
     missing: dict[str, None],
     failed: dict[str, str],
 ) -> tuple[dict[str, baselines.Scorer], dict[str, np.ndarray]]:
-    """The scorers by name, and for those that answer in another order, which."""
+    """The scorers by name, and for those that answer in another order, which.
+
+    The engine's take the model `own`, all others `model`.
+    """
     wanted = arguments.scorers.split(",") if arguments.scorers else None
     scorers: dict[str, baselines.Scorer] = {}
     order: dict[str, np.ndarray] = {}
@@ -325,7 +338,6 @@ def _scorers(
         else:
             missing[f"{name}: {module} is not installed"] = None
 
-    own = baselines.as_loaded(model)
     # TRL puts its fused head on the model, which changes nothing for the others.
     add(baselines.TRL, lambda: stack.enter_context(baselines.trl_precompute(model, tokenizer)))
     add(baselines.HF, lambda: baselines.hf_padded(model))
@@ -356,10 +368,14 @@ def _scorers(
 
 
 def _waiting(
-    scorer: baselines.Scorer, pairs: EncodedPairs, device: torch.device
+    scorer: baselines.Scorer,
+    pairs: EncodedPairs,
+    device: torch.device,
+    tokens: models.CountedTokens,
 ) -> Callable[[], None]:
     def run() -> None:
-        scorer(pairs)
+        with tokens:
+            scorer(pairs)
         models.wait(device)
 
     return run

@@ -159,6 +159,34 @@ def peak_flops_per_s(device: torch.device) -> float | None:
     return next((peak for known, peak in _PEAKS.items() if known in name), None)
 
 
+class CountedTokens:
+    """Tokens that the backbones of models take in during blocks, padding included.
+
+    Attributes:
+        count: Of all blocks so far; 0 for scorers that compute elsewhere.
+    """
+
+    def __init__(self, *models: Any) -> None:
+        self._backbones = {model.base_model for model in models}
+        self._hooks: list[Any] = []
+        self.count = 0
+
+    def __enter__(self) -> "CountedTokens":
+        self._hooks = [
+            backbone.register_forward_pre_hook(self._add, with_kwargs=True)
+            for backbone in self._backbones
+        ]
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _add(self, _module: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        ids = named["input_ids"] if "input_ids" in named else given[0]
+        self.count += ids.numel()
+
+
 class PeakMemory:
     """Bytes that a block needs beyond what was there before, at most."""
 
