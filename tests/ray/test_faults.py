@@ -363,10 +363,12 @@ _NODES = """
 """
 
 
-def test_removed_node_loses_nothing(undisturbed, tmp_path):
-    config, _, files = undisturbed
-    run = tmp_path / "run"
-    code = textwrap.dedent(_NODES).format(run=str(run), config=str(config), stages=STAGES)
+def test_removed_node_loses_nothing(undisturbed, copy):
+    config, run = copy
+    files = undisturbed[2]
+    for stage in ("scores", "selection"):
+        shutil.rmtree(run / stage)
+    code = textwrap.dedent(_NODES).format(run=str(run), config=str(config), stages=STAGES[1:])
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=180
     )

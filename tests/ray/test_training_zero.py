@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from filelock import FileLock
 
 STEPS, SAVE_STEPS, BATCH, PAIRS = 6, 4, 3, 24
 
@@ -202,7 +203,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "lora": {"deepspeed": "zero2", "peft": LORA, "gradient_checkpointing": True},
     # 24 pairs of 3 to 33 tokens: about four a micro-batch, and so two epochs in six steps.
     "tokens": {"deepspeed": "zero2", "token_budget": 90},
-    "bf16": {"deepspeed": "zero3"},
+    "bf16": {"deepspeed": "zero3", "trl": {"accelerator_config": {"even_batches": True}}},
 }
 BEST = ("ddp", "zero3", "lora")  # end with the weights of their first checkpoint
 LN2 = 0.693147
@@ -217,18 +218,24 @@ class Trained:
     results: dict[str, dict[str, Any]]
 
 
-_done: list[Trained] = []  # shared by the modules that import the fixture
-
-
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """All trainings, whole and resumed, in two processes for all of them."""
-    if not _done:
-        _done.append(train_all(tmp_path_factory.mktemp("trained")))
-    return _done[0]
+    """All trainings, whole and resumed, in two processes for all of them.
+
+    Of several processes of tests, and of the modules that import this, one does them.
+    """
+    base = tmp_path_factory.getbasetemp()
+    # The folders of xdist's processes lie in one of them all.
+    out = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "trained"
+    done = out / "trained.json"
+    with FileLock(f"{out}.lock"):
+        if not done.exists():
+            done.write_text(json.dumps(train_all(out)))
+    return Trained(out / "inputs", out, json.loads(done.read_text()))
 
 
-def train_all(out: Path) -> Trained:
+def train_all(out: Path) -> dict[str, dict[str, Any]]:
+    """Rank 0's result of each training."""
     inputs = out / "inputs"
     make_inputs(inputs)
     runs, names = [], []
@@ -248,7 +255,7 @@ def train_all(out: Path) -> Trained:
         names.append(f"{name}-best")
     codes, results = launch(out, runs)
     assert codes == [0, 0], (out / "rank0.log").read_text()[-3000:]
-    return Trained(inputs, out, dict(zip(names, results, strict=True)))
+    return dict(zip(names, results, strict=True))
 
 
 def losses(result: dict[str, Any]) -> list[float]:
