@@ -28,6 +28,8 @@ _NO_KERNEL = "log-probs take several passes over each tile instead of one: %s"
 # for its log-sum-exp. CUDA: large enough to fill the device, 1 GiB in fp32.
 _TILE_CPU = (512, 2048)
 _TILE_CUDA = (4096, 65536)
+# Rows of given logits, which are there already: just their fp32 copies are bounded.
+_OWN_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -226,12 +228,19 @@ def logps_of_logits(
     logits: Tensor, targets: Tensor, *, sum_squares: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """As `token_logps`, from the (R, V) logits of a model whose head `Head` does not describe."""
-    # Not by log_softmax: on CPUs its fp32 sum over a whole vocabulary loses what is added late, so
-    # that log-probs are too large by 1e-6 with 49,152 entries, by 1e-5 with 256,000 (torch 2.13).
-    logits = logits.float()
-    normaliser = torch.logsumexp(logits, dim=-1)
-    logps = logits.gather(1, targets[:, None])[:, 0] - normaliser
-    return logps, torch.logsumexp(2 * logits, dim=-1) - 2 * normaliser if sum_squares else None
+    logps = logits.new_empty(len(logits), dtype=torch.float32)
+    squares = torch.empty_like(logps) if sum_squares else None
+    for start in range(0, len(logits), _OWN_ROWS):
+        rows = slice(start, start + _OWN_ROWS)
+        tile = logits[rows].float()
+        # Not by log_softmax: on CPUs its fp32 sum over a whole vocabulary loses what is added late,
+        # so that log-probs are too large by 1e-6 with 49,152 entries, by 1e-5 with 256,000 (torch
+        # 2.13).
+        normaliser = torch.logsumexp(tile, dim=-1)
+        logps[rows] = tile.gather(1, targets[rows, None])[:, 0] - normaliser
+        if squares is not None:
+            squares[rows] = torch.logsumexp(2 * tile, dim=-1) - 2 * normaliser
+    return logps, squares
 
 
 def sequence_logps(logps: Tensor, terms: Tensor, owners: Tensor, num_sequences: int) -> Tensor:

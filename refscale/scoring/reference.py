@@ -421,11 +421,10 @@ class ReferenceModel:
             pairs: At least one.
 
         Raises:
-            ModelError: score.path is packed and the model fails it, or no path is right; or as
-                `score`.
+            ModelError: score.path is packed and the model fails it, or no path is right; memory
+                does not do for the logits of a single pair; or as `score`.
         """
-        plan = self._plan(checked_pairs(pairs))
-        truth = self._own_sums(plan)
+        plan, truth = self._checked_sums(checked_pairs(pairs))
         budget = error_budget(truth, plan.num_scored, self.dtype)
         errors: dict[str, float] = {}
 
@@ -465,6 +464,29 @@ class ReferenceModel:
         self.path = path
         self.info.update(path=path, path_reason=reason, self_check_error=errors.get(path))
         return SelfCheck(errors, float(budget.min(initial=np.inf)), path, reason)
+
+    def _checked_sums(self, pairs: EncodedPairs) -> tuple[Plan, np.ndarray]:
+        """The plan of the pairs whose own logits fit into memory, without the longest; the truth.
+
+        Scoring never holds all logits of a sequence: what does not fit here may be scored well.
+        """
+        for count in range(len(pairs), 0, -1):
+            plan = self._plan(pairs.take(range(count)))
+            try:
+                return plan, self._own_sums(plan)
+            except RuntimeError as exc:
+                if not is_out_of_memory(exc):
+                    raise
+            # Out of the handler, whose traceback keeps the tensors alive.
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            longest = max(len(p) + len(c) for p, c in plan.sequences)
+            logger.warning("no memory to check the path with all logits of %d tokens", longest)
+        raise ModelError(
+            f"no memory for all logits of a pair of {longest} tokens, by which the path is checked;"
+            " take a larger device, raise ray.gpus_per_replica, set score.quantization or lower"
+            " encoding.max_length"
+        )
 
     def _sums(self, plan: Plan, path: Path) -> np.ndarray:
         """Sums of all sequences by a path; float64 (num_sequences,)."""

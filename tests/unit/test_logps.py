@@ -79,7 +79,7 @@ def test_sum_squares_is_the_log_of_the_summed_squared_probabilities(tiles, optio
 
 def test_log_probs_of_given_logits_are_the_same():
     head = make_head()
-    hidden, targets = make_rows()
+    hidden, targets = make_rows(count=600)
     found, squares = logps_of_logits(truth(hidden, head), targets, sum_squares=True)
     other, other_squares = token_logps(hidden, targets, head, sum_squares=True)
     torch.testing.assert_close(found, other, rtol=1e-6, atol=2e-5)

@@ -535,6 +535,26 @@ def test_the_self_check_reads_pairs_from_short_to_long():
     assert [len(p) for p in checked_pairs(pairs.take([1, 6])).prompt_ids] == [2500]
 
 
+def test_a_self_check_whose_logits_do_not_fit_takes_shorter_pairs(llama, monkeypatch, caplog):
+    score = Forward.score_own_logits
+    most = 40
+
+    def limited(self, batch, sums):
+        if batch.num_tokens > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        score(self, batch, sums)
+
+    monkeypatch.setattr(Forward, "score_own_logits", limited)
+    pairs = EncodedPairs([ids(*range(n)) for n in (90, 5, 60, 20)], [ids(1)] * 4, [ids(2, 3)] * 4)
+    settled = ReferenceModel.from_model(llama).self_check(pairs)
+    assert settled.path == "packed" and settled.largest_error["packed"] < 1e-3
+    left_out = [r.args[0] for r in caplog.records if "no memory to check" in r.message]
+    assert left_out == [92, 62]
+    most = 1
+    with pytest.raises(ModelError, match=r"all logits of a pair of 7 tokens.*encoding.max_length"):
+        ReferenceModel.from_model(llama).self_check(pairs)
+
+
 def test_budgets_are_tight_in_float32_and_grow_with_length_in_half_precision():
     sums, counts = np.array([-100.0, -400.0]), np.array([25, 100])
     np.testing.assert_allclose(error_budget(sums, counts, torch.float32), [0.003, 0.009])
