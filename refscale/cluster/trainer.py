@@ -222,6 +222,9 @@ def _run(config: Mapping[str, Any], context: Any) -> dict[str, Any]:
     leftovers = [work / name for name in ("upload", "checkpoints", "policy", _FETCHED)]
     if first_of_node:
         _remove(*leftovers)  # of a killed attempt
+        # Of trainings with other options that failed: the run's lock excludes one at the same time.
+        others = work.parent.glob(work_folder(folder, "*").name)
+        _remove(*(other for other in others if other != work))
     checkpoint = ray.train.get_checkpoint()
     settings = _settings(config["settings"], folder, work, context.get_world_rank())
     log = TrainingLog(folder, resumed=checkpoint is not None)

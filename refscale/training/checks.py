@@ -1,8 +1,9 @@
 """Refuses what training would refuse, before anything is scored.
 
 In: the config, or plain values of its section train. Out: nothing, or a ConfigError that names the
-option and what to change. Seconds, on any machine; imports trl where `train.trl` is set, and reads
-the model's config where an adapter on its embedding may not fit it.
+option and what to change. Seconds, on any machine; imports trl where `train.trl` is set or
+`train.deepspeed` is a config, and reads the model's config where an adapter on its embedding may
+not fit it.
 """
 
 import dataclasses
@@ -11,7 +12,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from refscale.errors import ConfigError
-from refscale.training.presets import deepspeed_config, nearest, peft_config, zero_stage
+from refscale.training.presets import (
+    check_sections,
+    deepspeed_config,
+    nearest,
+    peft_config,
+    zero_stage,
+)
 
 if TYPE_CHECKING:
     from refscale.config import Config
@@ -177,7 +184,7 @@ def check_training(config: "Config") -> None:
     """
     train = config.train.model_dump()
     check_options(train)
-    if train["trl"]:
+    if train["trl"] or isinstance(train["deepspeed"], dict):
         _check_values(train)
     if config.model.dtype == "float16":
         raise ConfigError(
@@ -267,10 +274,17 @@ def check_options(train: dict[str, Any]) -> None:
 
 def _check_deepspeed(train: dict[str, Any]) -> None:
     """Refuse a preset or a DeepSpeed config that could not hold, whatever scored."""
+    if isinstance(train["deepspeed"], dict):
+        check_sections(train["deepspeed"])
+    deepspeed_config(train["deepspeed"], device="cpu", bf16=_in_bf16(train))
+
+
+def _in_bf16(train: dict[str, Any]) -> bool:
+    """Whether training computes in bfloat16; what a DeepSpeed config asks where scores decide."""
     deepspeed, bf16 = train["deepspeed"], train["bf16"]
-    if bf16 is None and isinstance(deepspeed, dict):  # the scores decide it
-        bf16 = dict(deepspeed.get("bf16") or {}).get("enabled") is True
-    deepspeed_config(deepspeed, device="cpu", bf16=bool(bf16))
+    if bf16 is None and isinstance(deepspeed, dict):
+        bf16 = (deepspeed.get("bf16") or {}).get("enabled") is True
+    return bool(bf16)
 
 
 def _check_loss(train: dict[str, Any]) -> None:
@@ -336,11 +350,23 @@ def _check_trl(train: dict[str, Any]) -> None:
         )
     if train["trl"].get("eval_on_start") and not train["eval_steps"]:
         raise ConfigError("train.trl.eval_on_start measures the holdout; set train.eval_steps")
+    if train["trl"].get("eval_delay") and train["load_best_model_at_end"]:
+        raise ConfigError(
+            "train.trl.eval_delay leaves checkpoints unmeasured, and"
+            " train.load_best_model_at_end takes the best of all; leave one of the two out"
+        )
+    accelerator = train["trl"].get("accelerator_config")
+    if accelerator is not None and not isinstance(accelerator, dict):
+        raise ConfigError(
+            f"train.trl.accelerator_config must be a mapping of its fields, got {accelerator!r};"
+            " write what the file holds, which a worker may lack"
+        )
 
 
 def _check_values(train: dict[str, Any]) -> None:
-    """Refuse values of `train.trl` that DPOConfig refuses wherever it is made."""
+    """Refuse values of `train.trl` and of a DeepSpeed config that no training would take."""
     import torch
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
     from trl import DPOConfig
 
     from refscale.training.options import dpo_arguments  # which imports this module
@@ -348,13 +374,28 @@ def _check_values(train: dict[str, Any]) -> None:
     class Arguments(DPOConfig):  # type: ignore[misc]
         # Else accelerate's state of this process would be made anew.
         _setup_devices = torch.device("cpu")
+        world_size = train["num_workers"]
 
-    known = {**train, "deepspeed": None, "report_to": []}
-    arguments = dpo_arguments(known, output_dir=".", device="cpu", bf16=False, max_length=1)
+    known = {**train, "report_to": []}
+    arguments = dpo_arguments(
+        known, output_dir=".", device="cpu", bf16=_in_bf16(train), max_length=1
+    )
+    deepspeed = arguments.pop("deepspeed")  # which DPOConfig would make known to this process
     try:
-        Arguments(**{**arguments, "tf32": None})  # which the worker's device has or has not
+        args = Arguments(**{**arguments, "tf32": None})  # which the worker's device has or has not
     except (ValueError, TypeError, NotImplementedError) as exc:
         raise ConfigError(f"train.trl cannot be used: {' '.join(str(exc).split())[:300]}") from exc
+    if not isinstance(train["deepspeed"], dict):
+        return
+    # transformers says it when the model is loaded: some values depend on the model.
+    filled = HfTrainerDeepSpeedConfig(deepspeed)
+    filled.trainer_config_process(args)
+    if filled.mismatches:
+        differing = [text.removeprefix("- ds ").replace(" hf ", " ") for text in filled.mismatches]
+        raise ConfigError(
+            f"train.deepspeed contradicts the section train: {', '.join(differing)}; set such"
+            " values of train.deepspeed to 'auto'"
+        )
 
 
 def _check_schedule(train: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ an adapter is trained; no model, no device.
 import dataclasses
 import difflib
 import json
+import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -27,6 +28,18 @@ _ZERO_PRESETS: dict[str, dict[str, Any]] = {
         "stage3_gather_16bit_weights_on_model_save": True,
     },
 }
+# Of a DeepSpeed config; those within others after them.
+_SECTIONS = (
+    "fp16",
+    "bf16",
+    "zero_optimization",
+    "zero_optimization.offload_optimizer",
+    "zero_optimization.offload_param",
+    "optimizer",
+    "optimizer.params",
+    "scheduler",
+    "scheduler.params",
+)
 
 
 def deepspeed_config(
@@ -39,7 +52,8 @@ def deepspeed_config(
     because DeepSpeed's own ones are compiled on first use and need a toolchain on every node.
 
     Args:
-        preset: zero1, zero2, zero3, zero2_offload, zero3_offload, a DeepSpeed config, or None.
+        preset: zero1, zero2, zero3, zero2_offload, zero3_offload, a DeepSpeed config that
+            `check_sections` takes, or None.
         device: Where the model computes.
         bf16: Compute in bfloat16.
 
@@ -99,6 +113,28 @@ def deepspeed_config(
     return config
 
 
+def check_sections(config: dict[str, Any]) -> None:
+    """Refuse a DeepSpeed config whose sections are none.
+
+    Raises:
+        ConfigError: A section that is read before DeepSpeed reads it is not a mapping, or there is
+            no such ZeRO stage.
+    """
+    for path in _SECTIONS:
+        found: Any = config
+        for name in path.split("."):
+            found = (found or {}).get(name)
+        if found is not None and not isinstance(found, dict):
+            raise ConfigError(
+                f"train.deepspeed.{path} is {found!r}, which must be a mapping of its fields"
+            )
+    stage = (config.get("zero_optimization") or {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise ConfigError(
+            f"train.deepspeed.zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}"
+        )
+
+
 def zero_stage(preset: str | dict[str, Any] | None) -> int:
     """The ZeRO stage of a known preset or a DeepSpeed config; 0 where nothing is partitioned."""
     if isinstance(preset, str):
@@ -147,6 +183,16 @@ def peft_config(fields: dict[str, Any] | None) -> Any:
             "train.peft.ensure_weight_tying ties the output head to what is trained of the input"
             " embedding: such a head is either not trained or not saved; leave it out"
         )
+    for name in ("target_modules", "exclude_modules"):
+        if not isinstance(pattern := fields.get(name), str):
+            continue
+        try:
+            re.compile(pattern)
+        except re.error as exc:
+            raise ConfigError(
+                f"train.peft.{name}: {pattern!r} is not a regular expression: {exc}; any text is .*"
+                " in one, and a list takes plain names"
+            ) from exc
     targets = fields.get("target_modules") or ()
     if "lm_head" in ([targets] if isinstance(targets, str) else targets):
         raise ConfigError(

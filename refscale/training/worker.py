@@ -21,6 +21,7 @@ reads the two stored sums instead. The parts, in the order in which they are use
 import json
 import logging
 import os
+import re
 import socket
 import warnings
 from collections.abc import Callable, Iterator
@@ -94,7 +95,7 @@ def run_worker(
 
     Returns:
         The final metrics; those of the last log are in rank 0's only. `policy_step` is the step
-        whose weights the policy has.
+        whose weights the policy has. `train_loss` is absent where a resumed training logged none.
 
     Raises:
         ConfigError: The training options are wrong.
@@ -132,7 +133,7 @@ def run_worker(
         # Before the model: transformers partitions weights while loading once it knows of ZeRO-3.
         joined = join_ranks(arguments, device)
         with _trl_refuses():
-            args = DPOConfig(**arguments, **joined)
+            args = DPOConfig(**{**arguments, **joined})
         if settings.tensorboard_dir is not None:
             os.environ["TENSORBOARD_LOGGING_DIR"] = settings.tensorboard_dir
         model, tokenizer = load_policy(settings, device)
@@ -190,7 +191,7 @@ def _trl_refuses() -> Iterator[None]:
     """Options whose values TRL, transformers or peft refuse are the user's to change."""
     try:
         yield
-    except (ValueError, TypeError, ImportError, NotImplementedError) as exc:
+    except (ValueError, TypeError, ImportError, NotImplementedError, re.error) as exc:
         what = " ".join(str(exc).split())[:300]
         raise ConfigError(f"the options of the section train cannot be used: {what}") from exc
 
@@ -199,21 +200,25 @@ def _train(trainer: PrecomputedDPOTrainer, resume_from: str | None) -> dict[str,
     try:
         output = trainer.train(resume_from_checkpoint=resume_from)
     except _AlreadyTrained:
-        return {"steps": trainer.state.global_step, "train_loss": _logged_loss(trainer)}
+        return {"steps": trainer.state.global_step, **_logged_loss(trainer)}
+    # That of transformers begins at the checkpoint.
+    loss = {"train_loss": output.training_loss} if resume_from is None else _logged_loss(trainer)
     return {
         "steps": output.global_step,
-        # That of transformers begins at the checkpoint.
-        "train_loss": output.training_loss if resume_from is None else _logged_loss(trainer),
+        **loss,
         "train_runtime_s": output.metrics["train_runtime"],
         "pairs_per_s": trainer.pairs_seen / output.metrics["train_runtime"],
     }
 
 
-def _logged_loss(trainer: PrecomputedDPOTrainer) -> float:
-    """Mean loss of all steps, from the logs, each of which is the mean since the one before."""
+def _logged_loss(trainer: PrecomputedDPOTrainer) -> dict[str, float]:
+    """`train_loss`: the mean loss of all steps, from the logs; none where none was logged."""
     logs = [log for log in trainer.state.log_history if "loss" in log]
+    if not logs:
+        return {}
+    # Each is the mean since the one before.
     weights = np.diff([log["step"] for log in logs], prepend=0)
-    return float(np.average([log["loss"] for log in logs], weights=weights))
+    return {"train_loss": float(np.average([log["loss"] for log in logs], weights=weights))}
 
 
 def _load_best(trainer: PrecomputedDPOTrainer, folder: str, settings: WorkerSettings) -> int:
@@ -251,6 +256,8 @@ class _Reporter(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.trainer is not None, "the trainer is attached before train()"
         keep_generation_config(self.trainer.model)
+        # A checkpoint's state comes with the steps at which it was logged, measured and saved.
+        state.compute_steps(args, state.max_steps)
         if state.global_step >= state.max_steps:
             raise _AlreadyTrained
         if not self.path_chosen:

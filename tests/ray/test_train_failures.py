@@ -1,6 +1,7 @@
 """DPO on Ray Train: killed workers and drivers cost steps but change nothing; refusals end it."""
 
 import os
+import shutil
 import signal
 import tempfile
 import threading
@@ -150,10 +151,19 @@ def test_a_refusal_is_not_tried_again_and_reads_as_it_was_raised(
     ray_session: None, trained: Trained, tmp_path: Path
 ) -> None:
     settings = replace(worker_settings(trained.inputs, tmp_path), quantization="4bit")
+    # What failed trainings left: this run's with other options, and another run's.
+    mine, another = (
+        work_folder(StageFolder(Store(str(tmp_path / run)), "training"), "dpo-0123456789ab")
+        for run in (".", "another")
+    )
+    for left in (mine, another):
+        (left / "rank-0").mkdir(parents=True)
     on_ctrl_c = signal.getsignal(signal.SIGINT)
     with pytest.raises(ConfigError, match=r"^score.quantization is 4bit but train.peft"):
         train(tmp_path, settings, max_failures=3, num_workers=1)
     assert signal.getsignal(signal.SIGINT) is on_ctrl_c  # Ray would have left its own there
+    assert not mine.exists() and another.exists() and work_of(tmp_path).exists()
+    shutil.rmtree(another)
 
 
 def test_workers_that_never_fit_are_refused_at_once(

@@ -57,6 +57,7 @@ def test_arguments_make_a_dpo_config_that_reads_stored_sums() -> None:
         ({"trl": {"push_to_hub": True}}, "would push checkpoints"),
         ({"trl": {"neftune_noise_alpha": 5.0}}, "set train.packed: off"),
         ({"trl": {"eval_on_start": True}}, "set train.eval_steps"),
+        ({"trl": {"accelerator_config": "a.json"}}, "mapping of its fields, got 'a.json'"),
         ({"trl": {"loss_weights": [1.0, 0.1]}}, "has 2 values and train.loss_type 1"),
         ({"loss_type": "sigmod"}, "'sigmod' is not a loss .* did you mean sigmoid"),
         ({"loss_type": "exo_pair"}, "logarithm of train.label_smoothing"),
@@ -99,7 +100,42 @@ def test_options_that_cannot_hold_are_refused_with_the_reason(
             {"train": {"trl": {"accelerator_config": {"split_batch": True}}}},
             "unexpected keyword argument 'split_batch'",
         ),
+        (
+            {
+                "train": {
+                    "eval_steps": 100,
+                    "load_best_model_at_end": True,
+                    "trl": {"eval_delay": 250},
+                }
+            },
+            "eval_delay leaves checkpoints unmeasured",
+        ),
         ({"train": {"deepspeed": {"fp16": {"enabled": True}}}}, "fp16.enabled is true"),
+        ({"train": {"deepspeed": {"fp16": True}}}, "fp16 is True, which must be a mapping"),
+        ({"train": {"deepspeed": {"bf16": True}}}, "bf16 is True, which must be a mapping"),
+        ({"train": {"deepspeed": {"zero_optimization": 2}}}, "zero_optimization is 2, which must"),
+        (
+            {"train": {"deepspeed": {"zero_optimization": {"offload_optimizer": "cpu"}}}},
+            "zero_optimization.offload_optimizer is 'cpu', which must",
+        ),
+        (
+            {"train": {"deepspeed": {"zero_optimization": {"stage": "auto"}}}},
+            "stage must be 0, 1, 2 or 3, got 'auto'",
+        ),
+        ({"train": {"deepspeed": {"optimizer": "AdamW"}}}, "optimizer is 'AdamW', which must"),
+        (
+            {"train": {"deepspeed": {"gradient_clipping": 2.0, "gradient_accumulation_steps": 4}}},
+            "contradicts the section train: gradient_accumulation_steps=4 vs"
+            " gradient_accumulation_steps=1, gradient_clipping=2.0 vs max_grad_norm=1.0; set",
+        ),
+        (
+            {"train": {"deepspeed": {"train_micro_batch_size_per_gpu": 4}}},
+            "train_micro_batch_size_per_gpu=4 vs per_device_train_batch_size=8",
+        ),
+        (
+            {"train": {"num_workers": 2, "deepspeed": {"train_batch_size": 8}}},
+            r"train_batch_size=8 vs train_batch_size \(calculated\)=16",
+        ),
         (
             {"train": {"bf16": False, "deepspeed": {"bf16": {"enabled": True}}}},
             "bf16.enabled is True but training computes in float32",
@@ -119,6 +155,14 @@ def test_options_that_cannot_hold_are_refused_with_the_reason(
         ),
         ({"train": {"peft": {"rank": 4}}}, "unknown key train.peft.rank"),
         ({"train": {"peft": {"lora_dropout": 0.1}}}, "lora_dropout is 0.1: the stored sums"),
+        (
+            {"train": {"peft": {"target_modules": "*proj"}}},
+            r"target_modules: '\*proj' is not a regular expression: nothing to repeat",
+        ),
+        (
+            {"train": {"peft": {"exclude_modules": "("}}},
+            r"exclude_modules: '\(' is not a regular expression: missing \)",
+        ),
         ({"train": {"peft": {"init_lora_weights": "pissa_niter_4"}}}, "drawn anew .* use pissa"),
         ({"train": {"peft": {"ensure_weight_tying": True}}}, "not trained or not saved"),
         (
@@ -176,11 +220,26 @@ def test_an_adapter_on_tied_embeddings_is_refused_where_the_models_config_can_be
     checks.check_training(config(tmp_path / "True", {"target_modules": r"(?!.*embed_tokens).*"}))
 
 
-def test_values_are_checked_without_touching_this_process() -> None:
+OWN_ZERO3 = {
+    "zero_optimization": {"stage": 3},
+    "bf16": {"enabled": True},
+    "train_batch_size": 16,
+    "train_micro_batch_size_per_gpu": 8,
+    "gradient_clipping": 1,
+}
+
+
+@pytest.mark.parametrize("deepspeed", ["zero3", OWN_ZERO3], ids=["preset", "own"])
+def test_values_are_checked_without_touching_this_process(deepspeed: Any) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     environment = dict(os.environ)
     train = TrainConfig.model_validate(
-        {"deepspeed": "zero3", "report_to": ["wandb"], "trl": {"tf32": True, "optim": "sgd"}}
+        {
+            "num_workers": 2,
+            "deepspeed": deepspeed,
+            "report_to": ["wandb"],
+            "trl": {"tf32": True, "optim": "sgd"},
+        }
     )
     config = Config.model_validate(
         {

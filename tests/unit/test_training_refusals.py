@@ -136,6 +136,7 @@ def test_norms_that_are_not_finite_are_refused_also_in_deepspeeds_words(
     [
         ({"trl": {"optim": "adamx"}}, "adamx is not a valid"),
         ({"peft": {"r": 0}}, "should be a positive integer"),
+        ({"peft": {"r": 4, "rank_pattern": {"*proj": 2}}}, "nothing to repeat"),
     ],
 )
 def test_values_that_trl_or_peft_refuse_are_errors_of_the_config(

@@ -120,6 +120,48 @@ def test_resume_after_the_last_step_only_writes_the_policy(settings: WorkerSetti
     assert (Path(settings.policy_dir) / "model.safetensors").read_bytes() == written
 
 
+def test_a_resumed_training_that_logged_no_loss_still_writes_its_policy(
+    settings: WorkerSettings,
+) -> None:
+    folders: list[str] = []
+    silent = changed(
+        settings,
+        save_steps=2,
+        save_total_limit=5,
+        logging_steps=1000,
+        trl={"logging_first_step": False},
+    )
+    whole, logs = run(silent, on_save=lambda folder, metrics: folders.append(folder))
+    assert "train_loss" in whole and logs == []
+    for folder in folders:  # in the middle, and after the last step
+        (Path(settings.policy_dir) / "model.safetensors").unlink()
+        metrics, _ = run(silent, resume_from=folder)
+        assert metrics["steps"] == 3 and "train_loss" not in metrics
+        assert (Path(settings.policy_dir) / "model.safetensors").exists()
+    assert [Path(folder).name for folder in folders] == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_when_is_logged_measured_and_saved_may_change_at_a_resume(
+    settings: WorkerSettings,
+) -> None:
+    folders: list[str] = []
+    begun = changed(settings, max_steps=6, save_steps=2, save_total_limit=5)
+    run(begun, on_save=lambda folder, metrics: folders.append(folder))
+    other = changed(
+        settings, max_steps=6, save_steps=3, logging_steps=3, eval_steps=3, save_total_limit=5
+    )
+    other = dataclasses.replace(other, holdout_files=settings.selection_files)
+    saved: list[str] = []
+    _, logs = run(
+        other,
+        resume_from=folders[0],
+        on_save=lambda folder, metrics: saved.append(Path(folder).name),
+    )
+    assert saved == ["checkpoint-3", "checkpoint-6"]
+    measured = [(log["step"], "eval_loss" in log) for log in logs]
+    assert measured == [(3, False), (3, True), (6, False), (6, True)]
+
+
 def test_resume_is_refused_from_other_folders_and_settings(
     settings: WorkerSettings, tmp_path: Path
 ) -> None:
