@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from refscale.errors import StorageError
-from refscale.storage.stages import STAGE_FILE, STAGE_PARENTS, StageFolder
+from refscale.lineage import stale_stages
+from refscale.storage.stages import STAGE_FILE, StageFolder
 from refscale.storage.store import Store
 from refscale.training.log import last_row
 
@@ -41,7 +42,8 @@ def status_lines(store: Store) -> list[str]:
                 said = _begun(folder)
             else:
                 manifests[stage] = manifest
-                said, todo = _finished(folder, manifest, manifests, command)
+                stale = stale_stages(manifests).get(stage)
+                said, todo = _finished(folder, manifest, stale, command)
         lines.append(f"{command:<9} {said}")
         following = following or todo
     if following is None and not _is_reported(store, manifests):
@@ -69,7 +71,7 @@ def _begun(folder: StageFolder) -> str:
 
 
 def _finished(
-    folder: StageFolder, manifest: Manifest, manifests: Mapping[str, Manifest], command: str
+    folder: StageFolder, manifest: Manifest, stale: str | None, command: str
 ) -> tuple[str, str | None]:
     """What a manifest says, and the command that mends the stage if it needs one."""
     seconds, rows = manifest["seconds"], manifest["rows"]
@@ -81,10 +83,8 @@ def _finished(
     if lost := folder.lost(manifest):
         more = f" and {len(lost) - _NAMED_FILES} more" if len(lost) > _NAMED_FILES else ""
         return f"DAMAGED: {', '.join(lost[:_NAMED_FILES])}{more}; {took}", command
-    for parent in STAGE_PARENTS.get(folder.stage, ()):
-        other = manifests.get(parent)
-        if other and manifest["fingerprint"].get(parent) != other["identity"]:
-            return f"STALE: made from another {parent}/; {took}", f"{command} --restart"
+    if stale:
+        return f"STALE: {stale}; {took}", f"{command} --restart"
     return f"done: {took}", None
 
 

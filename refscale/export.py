@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 
 from refscale import schema
 from refscale.errors import SelectionError, StorageError
+from refscale.lineage import require_lineage
 from refscale.storage.stages import STAGE_FILE, StageFolder
 from refscale.storage.store import Store
 
@@ -49,13 +50,16 @@ def export_selection(store: Store, out: str | os.PathLike[str]) -> dict[str, Any
         The manifest of data/; `counts` holds pairs and shards.
 
     Raises:
-        StorageError: The run has no selection, or `out` holds other files.
+        StorageError: The run has no selection, its scores or corpus are gone, or `out` holds other
+            files.
         SelectionError: The selection mixes chat and text pairs, or messages of unlike types.
-        FingerprintError: `out` holds the export of another selection.
+        FingerprintError: The selection is of other scores than those that are there, or these of
+            another corpus; or `out` holds the export of another selection.
     """
     started = time.monotonic()
     selection, corpus = StageFolder(store, "selection"), StageFolder(store, "corpus")
-    selected = selection.require()
+    selected, scored = selection.require(), StageFolder(store, "scores").require()
+    require_lineage({"corpus": corpus.require(), "scores": scored, "selection": selected})
     target = StageFolder(Store(out), "data")
     if target.store.exists(CARD) and not target.store.exists(target.file(STAGE_FILE)):
         raise StorageError(
@@ -73,7 +77,7 @@ def export_selection(store: Store, out: str | os.PathLike[str]) -> dict[str, Any
             table = _joined(selection, corpus, shard, texts)
             finished[shard] = target.commit_shard(shard, table)
     counts = {"pairs": sum(files.values()), "shards": len(shards)}
-    card = dataset_card(selected, StageFolder(store, "scores").manifest(), texts, counts)
+    card = dataset_card(selected, scored, texts, counts)
     target.store.write_bytes(CARD, card.encode())
     records = [finished[shard] for shard in shards]
     seconds = time.monotonic() - started
@@ -159,7 +163,7 @@ def _as_type(column: pa.ChunkedArray, kind: pa.DataType) -> pa.Array:
 
 def dataset_card(
     selected: Mapping[str, Any],
-    scored: Mapping[str, Any] | None,
+    scored: Mapping[str, Any],
     texts: pa.Schema,
     counts: Mapping[str, int],
 ) -> str:
@@ -167,7 +171,7 @@ def dataset_card(
 
     Args:
         selected: Manifest of selection/.
-        scored: Manifest of scores/, which names the reference model's weights; None if it is gone.
+        scored: Manifest of scores/, which names the reference model's weights.
         texts: Types of the text columns.
         counts: pairs and shards.
     """
@@ -185,10 +189,14 @@ def dataset_card(
     for name, group in facts.get("groups", {}).items():
         if group.get("threshold") is not None and not facts.get("match_lengths"):
             rows[f"key at the cut{f', {name}' if name else ''}"] = f"{group['threshold']}"
-    for name, digest in ((scored or {}).get("fingerprint", {}).get("model") or {}).items():
+    reference = scored["fingerprint"]
+    for name, digest in reference["model"].items():
         rows[f"reference model, {name}"] = digest
-    if scored and "dtype" in scored["fingerprint"]:
-        rows["reference sums computed in"] = scored["fingerprint"]["dtype"]
+    for name, digest in (reference["adapter"] or {}).items():
+        rows[f"adapter merged into it, {name}"] = digest
+    if reference["quantization"]:
+        rows["reference model quantised to"] = reference["quantization"]
+    rows["reference sums computed in"] = reference["dtype"]
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items())
     sources = "\n".join(
         f"| {_cell(name)} | {found['kept']:,} | {found['pairs']:,} |"

@@ -22,6 +22,9 @@ from refscale.storage.fingerprints import (
 )
 from refscale.storage.stages import STAGE_COMMANDS, STAGE_FILE, STAGE_PARENTS, StageFolder
 
+# training/ is written together with policy/, out of the same.
+_PARENTS = {**STAGE_PARENTS, "training": STAGE_PARENTS["policy"]}
+
 
 def fingerprint_before(folder: StageFolder) -> dict[str, Any] | None:
     """That of the work that is in a stage's folder, finished or not; None where there is none."""
@@ -103,6 +106,34 @@ def _is_not_there(error: StorageError) -> bool:
     return isinstance(error.__cause__, absent)
 
 
+def stale_stages(
+    manifests: Mapping[str, Mapping[str, Any]],
+    begun: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, str]:
+    """Why, by stage, it is not of the stages that are there, such as "made from another scores/".
+
+    Args:
+        manifests: Of finished stages, by folder. A stage that is not there is compared with none.
+        begun: Fingerprints of unfinished ones: what was made from these before is stale, too.
+
+    Returns:
+        In the order of the stages; without `begun`, the first was made from another parent.
+    """
+    begun = begun or {}
+    made = {**{stage: manifest["fingerprint"] for stage, manifest in manifests.items()}, **begun}
+    reasons: dict[str, str] = {}
+    for stage in (stage for stage in STAGE_COMMANDS if stage in made):
+        for parent in _PARENTS.get(stage, ()):
+            before = manifests.get(parent)
+            if before and made[stage].get(parent) != before["identity"]:
+                reasons.setdefault(stage, f"made from another {parent}/")
+            elif parent in reasons:
+                reasons.setdefault(stage, f"made from {parent}/, which is stale")
+            elif parent in begun:
+                reasons.setdefault(stage, f"made from {parent}/, which is not finished now")
+    return reasons
+
+
 def require_lineage(manifests: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuse stages of which one was made from another version of an earlier one than is there.
 
@@ -115,14 +146,11 @@ def require_lineage(manifests: Mapping[str, Mapping[str, Any]]) -> None:
     Raises:
         FingerprintError: Names both folders, and the command that redoes the later one.
     """
-    for stage, manifest in manifests.items():
-        for parent in STAGE_PARENTS.get(stage, ()):
-            before = manifests.get(parent)
-            if before and manifest["fingerprint"].get(parent) != before["identity"]:
-                raise FingerprintError(
-                    f"{stage}/ was made from another {parent}/ than the one that is there; redo it"
-                    f" with `refscale {STAGE_COMMANDS[stage]} --restart`"
-                )
+    for stage, reason in stale_stages(manifests).items():
+        raise FingerprintError(
+            f"{stage}/ was {reason} than the one that is there; redo it with"
+            f" `refscale {STAGE_COMMANDS[stage]} --restart`"
+        )
 
 
 def require_encoding(config: Config, prepared: dict[str, Any]) -> None:

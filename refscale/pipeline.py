@@ -36,7 +36,7 @@ from refscale.lineage import (
     weights_of,
 )
 from refscale.progress import StageProgress, print_counts, print_table, say
-from refscale.run import Run, claim, write_config
+from refscale.run import Run, accepted_config, claim, write_config
 from refscale.scoring import shard_scoring
 from refscale.selection import passes
 from refscale.selection.order import Decision
@@ -67,7 +67,8 @@ def run_stages(run: Run, stages: Sequence[str] = STAGES) -> None:
     try:
         for name in stages:
             _STAGE_FUNCTIONS[name](run)
-            write_config(run)
+            if name != "report":  # which shows what is there, whatever the config
+                write_config(run)
     finally:
         disconnect()
 
@@ -167,8 +168,13 @@ def score(run: Run) -> dict[str, Any]:
     config, corpus, folder = run.config, run.folder("corpus"), run.folder("scores")
     parent = corpus.require()
     require_encoding(config, parent)
-    # Of the commit whose tokenizer encoded the corpus.
-    model = pinned_model(config.model, {"model": parent["fingerprint"]["tokenizer"]})
+    restart = "score" in run.restart
+    begun = None if restart else fingerprint_before(folder)
+    # Of the commit whose tokenizer encoded the corpus, with the adapter that scoring began with.
+    model = pinned_model(
+        config.model,
+        {"model": parent["fingerprint"]["tokenizer"], "adapter": (begun or {}).get("adapter")},
+    )
     settings = _scorer_settings(run, model)
     fingerprint = {
         "corpus": parent["identity"],
@@ -179,7 +185,7 @@ def score(run: Run) -> dict[str, Any]:
         "attn_implementation": settings.attn_implementation,
         "engine": shard_scoring.engine_version(),
     }
-    if folder.begin(fingerprint, restart="score" in run.restart):
+    if folder.begin(fingerprint, restart=restart):
         return _skipped(folder)
     shards = {_stem(file["name"]): file["rows"] for file in parent["files"]}
     records = _score_shards(
@@ -509,11 +515,13 @@ def evaluate(run: Run) -> dict[str, Any]:
     require_lineage(manifests)
     prepared, scored, policy = (manifests[stage] for stage in ("corpus", "scores", "policy"))
     settings = _scorer_settings(run, config.model).for_policy(run.store.uri_of("policy"))
+    # As it was trained, whatever the config says now.
+    beta = policy["fingerprint"]["train"]["beta"]
     fingerprint = {
         "policy": policy["identity"],
         "scores": scored["identity"],
         "evaluate": config.evaluate.model_dump(),
-        "beta": config.train.beta,
+        "beta": beta,
         "dtype": settings.dtype,
         "path": settings.path,
         "attn_implementation": settings.attn_implementation,
@@ -546,12 +554,12 @@ def evaluate(run: Run) -> dict[str, Any]:
         holdout.publish_evaluation(folder, corpus, scores),
     )
     unscorable = _tally(reason for r in records for _, reason in r.counts["unscorable"])
-    facts: dict[str, Any] = {"beta": config.train.beta, "unscorable": unscorable}
+    facts: dict[str, Any] = {"beta": beta, "unscorable": unscorable}
     if held:
         table = summary.read_all(folder, records, schema.EVALUATION)
         if not table.num_rows:
             raise EvaluationError("none of the holdout pairs could be scored by the policy")
-        facts.update(holdout.evaluate_pairs(table, config.train.beta, seed=config.train.seed))
+        facts.update(holdout.evaluate_pairs(table, beta, seed=config.train.seed))
     if config.evaluate.flipped_column:
         decision = Decision.from_json(
             run.store.read_json(run.folder("selection").file("selection.json"))["decision"]
@@ -575,10 +583,14 @@ def evaluate(run: Run) -> dict[str, Any]:
 
 
 def report(run: Run) -> dict[str, Any]:
-    """Write report.html and report.json from what is there; also for an unfinished run."""
+    """Write report.html and report.json from what is there; also for an unfinished run.
+
+    Raises:
+        ConfigError: The config.yaml in the folder cannot be read.
+    """
     from refscale.report.render import collect, render_html, report_json
 
-    data = collect(run.store, run.config)
+    data = collect(run.store, accepted_config(run))
     values = report_json(data)
     run.store.write_json("report.json", values)
     run.store.write_bytes("report.html", render_html(data).encode())

@@ -5,9 +5,11 @@ In: a Store and a Config. Out: stage folders, and the cluster, connected to when
 
 from dataclasses import dataclass, field
 
+import yaml
+
 from refscale.cluster.runtime import ClusterInfo, connect
-from refscale.config import Config, dump_config
-from refscale.errors import StorageError
+from refscale.config import Config, dump_config, parse_config
+from refscale.errors import ConfigError, StorageError
 from refscale.progress import console, literal
 from refscale.secrets import refuse_secrets
 from refscale.storage.stages import StageFolder
@@ -97,6 +99,24 @@ def claim(run: Run) -> None:
         raise StorageError(
             f"{run.store.uri} holds a {CONFIG_FILE} that is not a run's; choose another --run-dir"
         )
+
+
+def accepted_config(run: Run) -> Config:
+    """The config that the stages in the folder were made with; that of `run` where none is there.
+
+    Raises:
+        ConfigError: The one that is there is damaged, or has keys that this refscale does not know.
+    """
+    if not run.store.exists(CONFIG_FILE):
+        return run.config
+    name = f"{run.store.uri}/{CONFIG_FILE}"
+    way_out = "any stage's command writes it anew, also one that finds its stage done"
+    try:
+        return parse_config(yaml.safe_load(run.store.read_bytes(CONFIG_FILE)), name)
+    except yaml.YAMLError as exc:
+        raise ConfigError(f"{name} is not YAML; {way_out}") from exc
+    except ConfigError as exc:
+        raise ConfigError(f"{exc}; {way_out}") from exc
 
 
 def write_config(run: Run) -> None:

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from refscale.errors import ConfigError
 from refscale.evaluation.holdout import auc, known_labels, wilson
+from refscale.lineage import require_lineage
 from refscale.progress import console, literal, say
 from refscale.schema import HOLDOUT, TRAIN
 from refscale.selection.strategies import (
@@ -98,6 +99,7 @@ def audit(
     Raises:
         ConfigError: limit is below 1, there is no such split, or the column does not say which
             labels are wrong, or is in no pair.
+        FingerprintError: The scores are of another corpus than the one that is there.
         StorageError: The scores are not finished.
     """
     if limit < 1:
@@ -108,12 +110,13 @@ def audit(
             " at both"
         )
     corpus, scores = StageFolder(store, "corpus"), StageFolder(store, "scores")
-    corpus.require()
+    prepared, scored = corpus.require(), scores.require()
+    require_lineage({"corpus": prepared, "scores": scored})
     worst: list[tuple[float, bytes, str]] = []
     num_pairs = num_doubted = 0
     flags: list[np.ndarray] = []
     margins: list[np.ndarray] = []
-    for record in scores.require()["files"]:
+    for record in scored["files"]:
         table = scores.read_table(record["name"], columns=["pair_id", "split", *SCORE_COLUMNS])
         if split is not None:
             table = table.filter(pc.equal(table["split"], split))

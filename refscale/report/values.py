@@ -1,8 +1,9 @@
 """The numbers of a run's report, out of its manifests, training log and quarantine.
 
 In: a run folder, finished or not. Out: one dict of strict JSON values with a fixed set of sections;
-a section whose stage has not been run is None. report.html shows exactly these values. Costs a few
-small reads: no table but the first refused rows, so it takes seconds for any corpus.
+a section whose stage has not been run, or is not of the stages before it as they are now, is None.
+report.html shows exactly these values. Costs a few small reads: no table but the first refused
+rows, so it takes seconds for any corpus.
 """
 
 import math
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from refscale.config import Config
+from refscale.lineage import fingerprint_before, stale_stages
 from refscale.progress import say
 from refscale.report.verdict import Values, verdict
 from refscale.selection.statistics import LARGE_LEAN, length_lean
@@ -53,7 +55,8 @@ class ReportData:
     Attributes:
         uri: Of the run folder.
         config: Of the run.
-        manifests: By stage folder; a stage that is not finished is absent.
+        manifests: By stage folder; a stage that is stale or not finished is absent.
+        stale: By stage folder, why what it holds is not shown beside the others.
         log: Rows of the training log.
         refused: A few refused rows by reason.
         cuts: By selection group, the keys at which the kept part begins or ends.
@@ -62,6 +65,7 @@ class ReportData:
     uri: str
     config: Config
     manifests: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    stale: Mapping[str, str] = field(default_factory=dict)
     log: Sequence[Mapping[str, Any]] = ()
     refused: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     cuts: Mapping[str, Sequence[float]] = field(default_factory=dict)
@@ -78,12 +82,17 @@ def collect(store: Store, config: Config) -> ReportData:
     """
     folders = {stage: StageFolder(store, stage) for stage in ("quarantine", *STAGE_COMMANDS)}
     found = {stage: folder.manifest() for stage, folder in folders.items()}
-    manifests = {stage: manifest for stage, manifest in found.items() if manifest is not None}
+    finished = {stage: manifest for stage, manifest in found.items() if manifest is not None}
+    unfinished = [stage for stage in folders if stage not in finished]
+    begun = {stage: fingerprint_before(folders[stage]) for stage in unfinished}
+    stale = stale_stages(finished, {stage: made for stage, made in begun.items() if made})
+    manifests = {stage: manifest for stage, manifest in finished.items() if stage not in stale}
     return ReportData(
         uri=store.uri,
         config=config,
         manifests=manifests,
-        log=_log(folders["training"], found["training"]),
+        stale=stale,
+        log=[] if "training" in stale else _log(folders["training"], found["training"]),
         refused=_refused_examples(folders["quarantine"], manifests.get("quarantine", {})),
         cuts=_cuts(folders["selection"], manifests.get("selection", {})),
     )
@@ -341,6 +350,7 @@ def _stages(data: ReportData) -> list[Values]:
                 "stage": stage,
                 "command": command,
                 "done": bool(manifest),
+                "stale": data.stale.get(stage),
                 "rows": manifest.get("rows") if stage != "policy" else None,
                 "seconds": manifest.get("seconds"),
                 "finished": manifest.get("finished"),

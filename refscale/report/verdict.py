@@ -55,7 +55,10 @@ def verdict(values: Values) -> list[str]:
             f"The kept pairs lean to a {'longer' if lean > 0 else 'shorter'} chosen side, by"
             f" {abs(lean):.0%} of a usual difference in tokens: training may learn that instead."
         )
-    todo = list(dict.fromkeys(s["command"] for s in values["stages"] if not s["done"]))
+    stale = [f"{s['command']}, {s['stale']}" for s in values["stages"] if s["stale"]]
+    if stale:
+        said.append(f"Left out as stale: {'; '.join(stale)}.")
+    todo = [s["command"] for s in values["stages"] if not s["done"] and not s["stale"]]
     if todo:
         said.append(f"Not finished: {', '.join(todo)}.")
     return said

@@ -1,6 +1,7 @@
 """The audit of a run folder that is written here, shard by shard."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -8,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from refscale import schema
-from refscale.errors import ConfigError, StorageError
+from refscale.errors import ConfigError, FingerprintError, StorageError
 from refscale.experiments.audit import AUDIT, audit, audit_lines, doubt_quality, print_audit
 from refscale.progress import console
 from refscale.storage.stages import StageFolder
@@ -48,8 +49,9 @@ def make_run(folder, margins, *, shards=3, flipped=None, prompt="p", held=(), so
         ):
             table = pa.Table.from_pylist(found, schema=columns)
             records[stage].append(stage.commit_shard(f"shard-{shard:05d}", table))
-    for stage, found in records.items():
-        stage.finish({"made": "here"}, found, counts={}, seconds=0.0)
+    prepared = corpus.finish({"made": "here"}, records[corpus], counts={}, seconds=0.0)
+    made_from = {"corpus": prepared["identity"]}
+    scores.finish(made_from, records[scores], counts={}, seconds=0.0)
     return store
 
 
@@ -120,6 +122,17 @@ def test_a_label_may_be_a_number_or_unknown_but_no_text(tmp_path):
     store = make_run(tmp_path / "text", np.arange(3) / 4, flipped=[True, False, "false"])
     with pytest.raises(ConfigError, match=r"the column 'wrong', .* got 'false'"):
         audit(store, 3, flipped_column="wrong")
+
+
+def test_scores_of_another_corpus_are_not_audited(tmp_path):
+    store = make_run(tmp_path / "run", np.arange(6) / 2)
+    other = make_run(tmp_path / "other", np.arange(8) / 2, shards=2)
+    shutil.rmtree(store.path("corpus"))
+    shutil.copytree(other.path("corpus"), store.path("corpus"))
+    said = "scores/ was made from another corpus/ than .*`refscale score --restart`"
+    with pytest.raises(FingerprintError, match=said):
+        audit(store, 8)
+    assert not store.exists("audit")
 
 
 def test_quality_without_a_wrong_label_has_no_auc():

@@ -247,6 +247,8 @@ def test_status_tells_a_stage_that_was_made_from_another_one(run, capsys):
     lines = status(run, capsys)
     assert lines[1].startswith("score     STALE: made from another corpus/; 10 rows")
     assert lines[-1] == "next: refscale score --restart"
+    assert lines[2].startswith("select    STALE: made from scores/, which is stale; 10 rows")
+    assert lines[3].startswith("train     STALE: made from selection/, which is stale; 30 steps")
 
 
 def test_status_names_damage_and_an_unreadable_manifest(run, capsys):

@@ -13,7 +13,7 @@ import pytest
 from refscale import schema
 from refscale.errors import FingerprintError, SchemaError, SelectionError, StorageError
 from refscale.export import _size_category, export_selection
-from refscale.storage.stages import StageFolder
+from refscale.storage.stages import FileRecord, StageFolder
 from refscale.storage.store import Store
 
 FACTS = {
@@ -29,12 +29,20 @@ def chat(text: str, role: str = "assistant", **more: Any) -> list[dict[str, Any]
     return [{"role": role, "content": text, **more}]
 
 
-def make_run(root: Path, texts: list[list[tuple[Any, Any, Any]]], *, key: float = 1.0) -> Store:
+def make_run(
+    root: Path,
+    texts: list[list[tuple[Any, Any, Any]]],
+    *,
+    key: float = 1.0,
+    adapter: dict[str, str] | None = None,
+    quantization: str | None = None,
+) -> Store:
     """A run whose shards hold the pairs of `texts`, of which every second is selected."""
     store = Store(str(root))
     corpus, selection = StageFolder(store, "corpus"), StageFolder(store, "selection")
     scores = StageFolder(store, "scores")
     records: list[Any] = []
+    shards: list[Any] = []
     number = 0
     for s, pairs in enumerate(texts):
         rows = []
@@ -64,16 +72,27 @@ def make_run(root: Path, texts: list[list[tuple[Any, Any, Any]]], *, key: float 
             )
             number += 1
         columns = [{name: row[name] for name in schema.CORPUS.names} for row in rows]
-        corpus.commit_shard(f"shard-{s:05d}", pa.Table.from_pylist(columns, schema.CORPUS))
+        table = pa.Table.from_pylist(columns, schema.CORPUS)
+        shards.append(corpus.commit_shard(f"shard-{s:05d}", table))
         # Not in the corpus's order: the join goes by pair_id.
         kept = [{name: row[name] for name in schema.SELECTION.names} for row in rows[::2][::-1]]
         table = pa.Table.from_pylist(kept, schema.SELECTION)
         records.append(selection.commit_shard(f"shard-{s:05d}", table))
     records.append(selection.publish_bytes("selection.json", b"{}"))
-    model = {"model": {"model.safetensors": "0123abcd"}, "dtype": "float32"}
-    scores.finish(model, [], counts={}, seconds=0)
+    reference = {
+        "corpus": corpus.finish({}, shards, counts={}, seconds=0)["identity"],
+        "model": {"model.safetensors": "0123abcd"},
+        "adapter": adapter,
+        "dtype": "float32",
+        "quantization": quantization,
+    }
+    scored = scores.finish(reference, [], counts={}, seconds=0)
     selection.finish(
-        {"key": key}, records, counts={"kept": 6, "of": number}, seconds=0, details=FACTS
+        {"scores": scored["identity"], "key": key},
+        records,
+        counts={"kept": 6, "of": number},
+        seconds=0,
+        details=FACTS,
     )
     return store
 
@@ -186,6 +205,52 @@ def test_the_card_says_what_how_and_from_where(tmp_path: Path) -> None:
     ):
         assert line in card, line
     assert str(tmp_path) not in card
+    assert "adapter" not in card and "quantised" not in card
+
+
+def test_the_card_names_all_that_the_reference_model_is_made_of(tmp_path: Path) -> None:
+    adapter = {"adapter_config.json": "4567", "adapter_model.safetensors": "89ef"}
+    run = tmp_path / "run"
+    store = make_run(run, [strings(0, 12)], adapter=adapter, quantization="8bit")
+    export_selection(store, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    for line in (
+        "| reference model, model.safetensors | 0123abcd |",
+        "| adapter merged into it, adapter_config.json | 4567 |",
+        "| adapter merged into it, adapter_model.safetensors | 89ef |",
+        "| reference model quantised to | 8bit |",
+    ):
+        assert line in card, line
+
+
+@pytest.mark.parametrize(
+    ("redone", "names"),
+    [
+        ("scores", r"selection/ was made from another scores/.*`refscale select --restart`"),
+        ("corpus", r"scores/ was made from another corpus/.*`refscale score --restart`"),
+    ],
+    ids=["scores", "corpus"],
+)
+def test_a_stale_selection_is_not_exported(tmp_path: Path, redone: str, names: str) -> None:
+    store = make_run(tmp_path / "run", [strings(0, 12)])
+    folder = StageFolder(store, redone)
+    before = folder.require()
+    files = [FileRecord.from_dict(file) for file in before["files"]]
+    again = {**before["fingerprint"], "model": {"model.safetensors": "4567cdef"}}
+    folder.finish(again, files, counts={}, seconds=0)
+    with pytest.raises(FingerprintError, match=names):
+        export_selection(store, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("gone", ["scores", "corpus"])
+def test_a_selection_without_what_it_was_made_from_is_not_exported(
+    tmp_path: Path, gone: str
+) -> None:
+    store = make_run(tmp_path / "run", [strings(0, 12)])
+    store.delete(f"{gone}/MANIFEST.json")
+    with pytest.raises(StorageError, match=f"{gone}/ in .* is not finished"):
+        export_selection(store, tmp_path / "out")
 
 
 def test_an_export_that_broke_off_goes_on_and_a_done_one_stays(

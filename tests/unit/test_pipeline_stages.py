@@ -7,18 +7,22 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import yaml
 from fake_hub import FakeHub, cache_dataset, commit, fake_hub, next_process
 from huggingface_hub.errors import HfHubHTTPError
+from peft import LoraConfig, get_peft_model
 from support import save_tiny_llama, string_pairs, write_jsonl
+from transformers import AutoModelForCausalLM
 
 from refscale import pipeline
+from refscale.cli import main
 from refscale.cluster.room import require_replicas
 from refscale.cluster.runtime import ClusterInfo
 from refscale.cluster.trainer import worker_env
-from refscale.config import parse_config
+from refscale.config import dump_config, parse_config
 from refscale.errors import ConfigError, CorpusError, FingerprintError
 from refscale.lineage import require_encoding, require_reference, weights_of
-from refscale.run import Run
+from refscale.run import Run, claim
 from refscale.scoring.reference import EncodedPairs, ReferenceModel
 from refscale.storage.stages import StageFolder
 from refscale.storage.store import Store
@@ -56,6 +60,18 @@ def finish(folder, fingerprint, files=()):
     """A stage that is done; its identity."""
     folder.begin(fingerprint)
     return folder.finish(fingerprint, files, counts={}, seconds=1)["identity"]
+
+
+def upload_policy(run, model, *, beta=0.1):
+    """The model as the policy of a training on the selection that is there."""
+    policy = run.folder("policy")
+    made_from = {
+        "selection": run.folder("selection").require()["identity"],
+        "train": {"beta": beta},
+    }
+    policy.begin(made_from)
+    run.store.upload_folder(str(model), "policy")
+    finish(policy, made_from, policy.adopt())
 
 
 def test_damaged_refusals_are_read_again_and_the_corpus_stays(made):
@@ -125,11 +141,8 @@ def test_a_sample_of_the_holdout_is_evaluated_in_one_dtype(made, tiny_model, cap
     run = made(corpus=corpus, evaluate=evaluate, model=in_float32)
     pipeline.prepare(run)
     scored = pipeline.score(run)["identity"]
-    made_from = {"selection": finish(run.folder("selection"), {"scores": scored})}
-    policy = run.folder("policy")
-    policy.begin(made_from)
-    run.store.upload_folder(str(tiny_model), "policy")
-    finish(policy, made_from, policy.adopt())
+    finish(run.folder("selection"), {"scores": scored})
+    upload_policy(run, tiny_model)
     capsys.readouterr()
     assert pipeline.evaluate(run)["rows"] == 4
     assert "evaluate  4 of 4 pairs" in capsys.readouterr().err
@@ -143,6 +156,24 @@ def test_a_sample_of_the_holdout_is_evaluated_in_one_dtype(made, tiny_model, cap
     in_bf16.restart = frozenset({"evaluate"})
     pipeline.evaluate(in_bf16)
     assert "scored in float32 and the policy is in bfloat16" in capsys.readouterr().err
+
+
+def test_rewards_have_the_beta_of_the_training_whatever_the_config_says_now(made, tmp_path):
+    corpus = {**made().config.corpus.model_dump(), "holdout_fraction": 0.5}
+    run = made(corpus=corpus, train={"beta": 0.1})
+    pipeline.prepare(run)
+    finish(run.folder("selection"), {"scores": pipeline.score(run)["identity"]})
+    upload_policy(run, save_tiny_llama(tmp_path / "policy", seed=1), beta=0.05)
+    evaluated = pipeline.evaluate(run)
+    assert evaluated["fingerprint"]["beta"] == evaluated["details"]["beta"] == 0.05
+    files = [file["name"] for file in evaluated["files"] if file["rows"]]
+    rows = [row for name in files for row in run.folder("evaluation").read_table(name).to_pylist()]
+    sides = ("policy_chosen", "ref_chosen", "policy_rejected", "ref_rejected")
+    margins = [np.dot([1, -1, -1, 1], [row[f"{side}_logps"] for side in sides]) for row in rows]
+    found = evaluated["details"]["overall"]["reward_margin"]["after"]["value"]
+    assert found == pytest.approx(0.05 * np.mean(margins), rel=1e-5) and found
+    again = pipeline.evaluate(made(corpus=corpus, train={"beta": 0.3}))
+    assert again["finished"] == evaluated["finished"]
 
 
 @pytest.mark.parametrize("quantization", [None, "8bit", "4bit"])
@@ -159,7 +190,8 @@ def test_a_quantised_reference_is_said_to_differ_from_the_policy(
     monkeypatch.setattr(pipeline, "_score_shards", score_shards)
     store, before = Store(tmp_path), {}
     for stage in ("corpus", "scores", "selection", "policy"):
-        fingerprint = {"dtype": "float32", "quantization": quantization, **before}
+        common = {"dtype": "float32", "quantization": quantization, "train": {"beta": 0.1}}
+        fingerprint = {**common, **before}
         before = {stage: finish(StageFolder(store, stage), fingerprint)}
     config = parse_config(
         {
@@ -304,6 +336,42 @@ def test_scores_name_the_commit_that_scored_and_training_starts_from_it(
         pipeline.prepare(made(model=pinned))
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_scoring_goes_on_with_the_adapter_that_it_began_with(
+    made, tmp_path, monkeypatch, tiny_model, finished
+):
+    hub = fake_hub(monkeypatch, tmp_path / "hub")
+    for letter in "ab":
+        base = AutoModelForCausalLM.from_pretrained(tiny_model)
+        lora = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+        get_peft_model(base, lora).save_pretrained(tmp_path / letter)
+        hub.download("org/lora", letter, tmp_path / letter)
+
+    def make(adapter="org/lora"):
+        return made(model={"model_name_or_path": str(tiny_model), "adapter": adapter})
+
+    old = hub.push("org/lora", "a")
+    pipeline.prepare(make())
+    if finished:
+        before = pipeline.score(make())["identity"]
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline.shard_scoring, "publish_scores", lambda _: lambda _: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                pipeline.score(make())
+    new = hub.push("org/lora", "b")
+    next_process(monkeypatch)
+    scored = pipeline.score(make())
+    assert scored["fingerprint"]["adapter"] == {"commit": old}
+    assert not finished or scored["identity"] == before
+    # What the config names is what it means, and --restart asks anew.
+    with pytest.raises(FingerprintError, match=rf"adapter\.commit = {old}, now it is {new}"):
+        pipeline.score(make(f"org/lora@{new}"))
+    anew = make()
+    anew.restart = frozenset({"score"})
+    assert pipeline.score(anew)["fingerprint"]["adapter"] == {"commit": new}
+
+
 @pytest.mark.parametrize(("preset", "said"), [("zero2", False), ("zero2_offload", True)])
 def test_an_offloaded_optimizer_is_told_of_its_threads(made, trained_with, capsys, preset, said):
     run = made(train={"deepspeed": preset}, ray={"cpus_per_worker": 3})
@@ -424,3 +492,49 @@ def test_a_finished_training_stays_finished_whatever_becomes_of_its_checkpoints_
     pipeline.train(run)
     assert len(trained_with) == 2
     assert pipeline.report(run)["training"]["num_logged"] == 1
+
+
+@pytest.fixture
+def reported(made, tmp_path):
+    """Reports on the run with another config than `made` gives; exit code and the config shown."""
+    other = tmp_path / "other.yaml"
+    config = made(select={"fraction": 0.25}, train={"seed": 7}).config
+    other.write_text(dump_config(config))
+    store = made().store
+
+    def report():
+        code = main(["report", str(other), "--run-dir", store.uri])
+        return code, store.read_json("report.json")["config"] if code == 0 else None
+
+    return report
+
+
+def test_a_report_shows_and_leaves_the_config_that_the_stages_were_made_with(made, reported):
+    run = made()
+    claim(run)
+    before = run.store.read_bytes("config.yaml")
+    assert reported() == (0, run.config.model_dump(mode="json"))
+    assert run.store.read_bytes("config.yaml") == before
+
+
+def test_a_report_on_an_empty_folder_is_of_the_config_given(made, reported):
+    code, config = reported()
+    assert code == 0 and config["select"]["fraction"] == 0.25 and config["train"]["seed"] == 7
+    assert yaml.safe_load(made().store.read_bytes("config.yaml")) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("model: {", "config.yaml is not YAML"), ("selct: {}", "unknown key selct; did you mean")],
+    ids=["broken", "unknown"],
+)
+def test_a_config_of_the_run_that_cannot_be_read_is_named(made, reported, capsys, text, said):
+    run = made()
+    claim(run)
+    header = run.store.read_bytes("config.yaml").partition(b"\n")[0]
+    run.store.write_bytes("config.yaml", header + b"\n" + text.encode())
+    assert reported() == (2, None)
+    err = " ".join(capsys.readouterr().err.split())
+    assert f"{run.store.uri}/config.yaml" in err and said in err
+    assert "any stage's command writes it anew" in err
+    assert not run.store.exists("report.html")

@@ -70,7 +70,7 @@ def make_run(
     if "score" in stages:
         _score(store, rows)
     if "select" in stages:
-        decision = _select(store, config)
+        decision = select_again(store, config)
     if "train" in stages:
         _train(store)
     if "evaluate" in stages:
@@ -157,7 +157,8 @@ def _score(store, rows):
     details = summary.scoring_details(_score_records(rows), 4.5)
     record = folder.commit_shard("shard-00000", _table(rows, schema.SCORES))
     counts = {"pairs": len(rows), "scored": len(rows), "unscorable": {}}
-    folder.finish({"dtype": "bfloat16"}, [record], counts=counts, seconds=4.5, details=details)
+    made = {"corpus": identity(store, "corpus"), "dtype": "bfloat16"}
+    folder.finish(made, [record], counts=counts, seconds=4.5, details=details)
 
 
 def _score_records(rows):
@@ -224,7 +225,12 @@ def test_the_engine_is_that_of_all_shards():
     assert engine["token_budget"] == 8192, "the smallest: out of memory halved it"
 
 
-def _select(store, config):
+def identity(store, stage):
+    return StageFolder(store, stage).require()["identity"]
+
+
+def select_again(store, config):
+    """Write selection/ as the config says; the decision."""
     corpus, scores = StageFolder(store, "corpus"), StageFolder(store, "scores")
     spec = passes.spec_of(config.select)
     keys = keys_of(passes._train_scores(scores, "shard-00000"), spec)
@@ -234,7 +240,8 @@ def _select(store, config):
     folder = StageFolder(store, "selection")
     text = json.dumps({"decision": decision.to_json(), **shown}).encode()
     folder.publish_bytes("selection.json", text)
-    folder.finish({"select": spec.strategy}, [], counts={}, seconds=0.1, details=shown)
+    made = {"scores": identity(store, "scores"), "select": config.select.deciding_options()}
+    folder.finish(made, [], counts={}, seconds=0.1, details=shown)
     return decision
 
 
@@ -264,8 +271,9 @@ def _train(store):
         "train_path": "packed",
         "start_check_loss": 0.6931,
     }
+    made = {"selection": identity(store, "selection")}
     for stage in ("training", "policy"):
-        StageFolder(store, stage).finish({"b": 0.1}, [], counts={}, seconds=61.5, details=metrics)
+        StageFolder(store, stage).finish(made, [], counts={}, seconds=61.5, details=metrics)
 
 
 def _evaluate(store, rows, decision, config):
@@ -276,7 +284,8 @@ def _evaluate(store, rows, decision, config):
     flipped = np.array([json.loads(row["passthrough"])["flipped"] for row in train])
     facts["purity"] = label_purity(flipped, decision.mask(keys), keys.values)
     folder = StageFolder(store, "evaluation")
-    folder.finish({"beta": 0.1}, [], counts={"pairs": len(held)}, seconds=9.0, details=facts)
+    made = {stage: identity(store, stage) for stage in ("policy", "scores")}
+    folder.finish(made, [], counts={"pairs": len(held)}, seconds=9.0, details=facts)
 
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -502,6 +511,70 @@ def test_a_training_that_goes_on_shows_its_curves_so_far(tmp_path):
     assert "in 20 of 60 steps so far" in render_html(made.data())
 
 
+def stages_of(values):
+    return {stage["stage"]: (stage["done"], stage["stale"]) for stage in values["stages"]}
+
+
+def test_what_was_trained_on_another_selection_is_left_out_and_said(tmp_path):
+    made = make_run(tmp_path)
+    before = report_json(made.data())
+    config = Config.model_validate({**CONFIG, "select": {"strategy": "margin"}})
+    select_again(made.store, config)
+    values = report_json(made.data())
+    another = "made from another selection/"
+    of_stale = "made from policy/, which is stale"
+    assert stages_of(values) == {
+        "corpus": (True, None),
+        "scores": (True, None),
+        "selection": (True, None),
+        "policy": (False, another),
+        "evaluation": (False, of_stale),
+    }
+    assert values["training"] is values["evaluation"] is None
+    assert not {"training", "policy", "evaluation"} & values["fingerprints"].keys()
+    assert values["funnel"] == before["funnel"]
+    said = " ".join(values["verdict"])
+    assert "kept by margin" in said and "Holdout" not in said and "loss" not in said
+    assert values["verdict"][-1] == f"Left out as stale: train, {another}; evaluate, {of_stale}."
+    html = render_html(made.data())
+    Page(html)
+    status = "<code>refscale status</code> says what to redo"
+    for reason in (another, of_stale):
+        assert f"Left out as stale: {reason}. {status}" in html
+        assert f"<td>stale: {reason}</td>" in html
+    assert 'id="holdout"' in html and "0.4321" not in html
+
+
+def test_figures_of_a_policy_that_is_being_redone_are_left_out(tmp_path):
+    made = make_run(tmp_path)
+    fingerprint = StageFolder(made.store, "policy").require()["fingerprint"]
+    for stage in ("policy", "training"):
+        made.store.delete(stage)
+        StageFolder(made.store, stage).begin(fingerprint)
+    _log(made.store, 20)
+    values = report_json(made.data())
+    reason = "made from policy/, which is not finished now"
+    assert stages_of(values)["policy"] == (False, None)
+    assert stages_of(values)["evaluation"] == (False, reason)
+    assert values["training"]["last_step"] == 20 and values["evaluation"] is None
+    assert values["verdict"][-2:] == [
+        f"Left out as stale: evaluate, {reason}.",
+        "Not finished: train.",
+    ]
+
+
+def test_the_log_of_an_unfinished_training_on_another_selection_is_left_out(tmp_path):
+    made = make_run(tmp_path, "select")
+    for stage in ("policy", "training"):
+        StageFolder(made.store, stage).begin({"selection": identity(made.store, "selection")})
+    _log(made.store, 20)
+    assert report_json(made.data())["training"]["last_step"] == 20
+    select_again(made.store, Config.model_validate({**CONFIG, "select": {"fraction": 0.25}}))
+    values = report_json(made.data())
+    assert values["training"] is None
+    assert stages_of(values)["policy"] == (False, "made from another selection/")
+
+
 def test_a_policy_whose_training_folder_is_gone_has_been_trained(tmp_path, capsys):
     made = make_run(tmp_path)
     before = report_json(made.data())["training"]
@@ -520,7 +593,8 @@ def test_a_policy_whose_training_folder_is_gone_has_been_trained(tmp_path, capsy
 def test_a_damaged_log_is_said_and_left_out(tmp_path, capsys, log, finished):
     made = make_run(tmp_path)
     folder = StageFolder(made.store, "training")
-    folder.finish({"b": 0.1}, folder.adopt(["log.jsonl"]), counts={}, seconds=1)
+    fingerprint = folder.require()["fingerprint"]
+    folder.finish(fingerprint, folder.adopt(["log.jsonl"]), counts={}, seconds=1)
     if not finished:
         made.store.delete("training/MANIFEST.json")
         made.store.delete("policy/MANIFEST.json")
