@@ -33,7 +33,12 @@ from refscale.evaluation.questions import (
     load_judge_prompts,
     load_questions,
 )
-from refscale.lineage import pinned_model, require_reference, require_tokenizer
+from refscale.lineage import (
+    pinned_model,
+    require_lineage,
+    require_reference,
+    require_tokenizer,
+)
 from refscale.secrets import refuse_secrets
 from refscale.storage.fingerprints import digest, model_fingerprint
 from refscale.storage.locks import RunLock
@@ -247,7 +252,8 @@ def run_mtbench(
         ConfigError: The config or the folder's URI holds a secret, a file cannot be read, a judge
             prompt is missing or asks for something that we do not have, or the judge's key is not
             set.
-        FingerprintError: The config's model, tokenizer or chat template is not the run's.
+        FingerprintError: The config's model, tokenizer or chat template is not the run's, or the
+            policy is of another selection than the one that is there.
         StorageError: The policy is not finished.
         EvaluationError: The judge refuses altogether, or not one judgement of a grading came back.
     """
@@ -263,6 +269,9 @@ def run_mtbench(
     with RunLock(store):
         run = Run(store, config)
         policy = run.folder("policy").require()
+        earlier = {name: run.folder(name).manifest() for name in ("corpus", "scores", "selection")}
+        found = {name: manifest for name, manifest in earlier.items() if manifest is not None}
+        require_lineage({**found, "policy": policy})
         model, ray = _reference(run), config.ray
         if restart:
             store.delete("mtbench")

@@ -308,6 +308,26 @@ def finished_run(tmp_path, tiny_model, monkeypatch):
     return config, store
 
 
+def finish(store, name, fingerprint):
+    """A stage that is made again of something else; its manifest."""
+    folder = StageFolder(store, name)
+    folder.begin(fingerprint, restart=True)
+    return folder.finish(fingerprint, [], counts={}, seconds=0.0)
+
+
+def test_a_policy_of_another_selection_is_not_rated(finished_run):
+    config, store = finished_run
+    first = finish(store, "selection", {"strategy": "margin"})
+    finish(store, "policy", {"selection": first["identity"]})
+    with JudgeServer(lambda number, request: "[[5]] [[A]]") as server:
+        mtbench.run_mtbench(config, store.uri, server.config())
+        asked = len(server.requests)
+        finish(store, "selection", {"strategy": "mean_margin"})
+        with pytest.raises(FingerprintError, match=r"^policy/ was made from another selection/ "):
+            mtbench.run_mtbench(config, store.uri, server.config())
+        assert len(server.requests) == asked
+
+
 def test_what_was_graded_is_written_when_the_judge_is_gone_for_the_rest(finished_run):
     config, store = finished_run
 
@@ -397,10 +417,8 @@ def scored_run(finished_run):
             "adapter": model.adapter and model_fingerprint(model.adapter, None),
         }
         tokenizer = {"tokenizer": tokenizer_fingerprint(encoder)}
-        for name, fingerprint in (("corpus", tokenizer), ("scores", weights)):
-            folder = StageFolder(store, name)
-            folder.begin(fingerprint, restart=True)
-            folder.finish(fingerprint, [], counts={}, seconds=0.0)
+        corpus = finish(store, "corpus", tokenizer)
+        finish(store, "scores", {**weights, "corpus": corpus["identity"]})
 
     record(configure())
     return configure, record, store
