@@ -62,7 +62,10 @@ class Source(Section):
         description="File, glob, folder, or s3:// gs:// URI of jsonl(.gz/.zst), json, parquet or"
         " arrow; or a folder written by datasets' save_to_disk. Relative to the config file.",
     )
-    dataset: str | None = Field(None, description="Hugging Face dataset id, read from the hub.")
+    dataset: str | None = Field(
+        None,
+        description="Hugging Face dataset id, read from the hub; or the absolute path of a clone.",
+    )
     subset: str | None = Field(None, description="Configuration name of the hub dataset.")
     revision: str | None = Field(None, description="Hub revision of the dataset.")
     split: str | None = Field(None, description="Split of a Hugging Face dataset.")

@@ -5,6 +5,7 @@ Order of precedence: defaults, then the YAML file, then the words.
 """
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -82,10 +83,10 @@ def load_config(path: str, overrides: list[str] | None = None) -> Config:
 
 def explain_model_name(model_name_or_path: str, error: str) -> str:
     """`error` of loading a model, with what its name was taken for where no folder has it."""
-    path = Path(model_name_or_path)
-    if path.exists():
+    # Not by Path, which raises where a folder above may not be searched.
+    if os.path.exists(model_name_or_path):
         return error
-    if path.is_absolute():
+    if os.path.isabs(model_name_or_path):
         return f"model.model_name_or_path: folder {model_name_or_path} does not exist"
     return (
         f"{error}; there is no folder {model_name_or_path} beside the config, so it was taken for"
@@ -181,7 +182,7 @@ def _absolute_paths(config: Config, base: Path) -> Config:
         if value is None:
             continue
         candidate = absolute(value)
-        if key == "chat_template" or Path(candidate).exists() or value.startswith((".", "~", "/")):
+        if key == "chat_template" or os.path.exists(candidate) or value.startswith((".", "~", "/")):
             changes[key] = candidate
     return config.model_copy(
         update={

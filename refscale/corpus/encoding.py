@@ -348,19 +348,17 @@ def tokenizer_fingerprint(settings: EncoderSettings) -> dict[str, str]:
     """What identifies tokenizer and template: hashes of a folder's files, or a hub commit.
 
     Raises:
-        ModelError: Neither a folder nor a resolvable hub id.
+        ModelError: Neither a folder whose files can be read nor a resolvable hub id.
     """
     folder = Path(settings.model_name_or_path)
-    if folder.is_dir():
-        files = {
-            file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()
-        }
-        found = {f.relative_to(folder).as_posix(): file_sha256(f) for f in sorted(files)}
-    else:
-        try:
+    try:
+        if folder.is_dir():
+            files = {f for name in _TOKENIZER_FILES for f in folder.glob(name) if f.is_file()}
+            found = {f.relative_to(folder).as_posix(): file_sha256(f) for f in sorted(files)}
+        else:
             found = model_fingerprint(settings.model_name_or_path, settings.revision)
-        except StorageError as exc:
-            raise ModelError(str(exc)) from exc
+    except StorageError as exc:
+        raise ModelError(str(exc)) from exc
     if settings.chat_template is not None:
         found["model.chat_template"] = hashlib.sha256(settings.chat_template.encode()).hexdigest()
     return found

@@ -1,23 +1,30 @@
 """Hugging Face datasets as sources: folders written by save_to_disk, and ids on the hub.
 
-`datasets` decodes the features, is imported when one is used, and is kept open per process.
+`datasets` decodes the features, is imported when one is used, and is kept open per process. A
+folder on an object store costs each process a copy of the split, on disk until the process ends.
 """
 
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from refscale.corpus.pairs import shorten
 from refscale.errors import CorpusError, StorageError
 from refscale.progress import say
-from refscale.storage.fingerprints import digest, hub_commit, is_commit
+from refscale.storage.copies import local_folder
+from refscale.storage.fingerprints import digest, file_sha256, hub_commit, is_commit
+from refscale.storage.store import Store
 
 
 @dataclass(frozen=True)
 class DatasetRef:
-    """A Hugging Face dataset: on disk (save_to_disk) or on the hub."""
+    """A Hugging Face dataset: saved (save_to_disk), or on the hub or a clone of one from there."""
 
     kind: str  # disk | hub
     root: str
@@ -27,8 +34,14 @@ class DatasetRef:
 
     def __str__(self) -> str:
         """The split, and the commit of one on the hub, for people."""
-        at = f" of commit {self.revision}" if is_commit(self.revision) else ""
+        at = f" of commit {self.commit}" if self.commit else ""
         return f"split {self.split or '(only one)'}{at}"
+
+    @property
+    def commit(self) -> str | None:
+        """The commit that is read, where it is known; a folder has none, whatever the revision."""
+        known = self.kind == "hub" and is_commit(self.revision) and not os.path.isdir(self.root)
+        return self.revision if known else None
 
     def pinned(self) -> "DatasetRef":
         """A hub dataset at the commit that its revision is now, so that all processes read that.
@@ -36,7 +49,7 @@ class DatasetRef:
         Without the hub `datasets` reads what a machine has cached last, and so does this. A commit
         is not asked for: it is read, or nothing is.
         """
-        if self.kind != "hub" or Path(self.root).is_dir() or is_commit(self.revision):
+        if self.kind != "hub" or os.path.isdir(self.root) or is_commit(self.revision):
             return self
         try:
             return replace(self, revision=hub_commit(self.root, self.revision, "dataset"))
@@ -45,22 +58,48 @@ class DatasetRef:
             return self
 
 
-@lru_cache(maxsize=4)
+@contextmanager
+def _explained(failure: str) -> Iterator[None]:
+    """Turn what `datasets` raises into one line that begins with `failure`."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    except (
+        DatasetsError,
+        StorageError,
+        OSError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+        ImportError,
+        yaml.YAMLError,  # of its README.md
+    ) as exc:
+        # "An error occurred while generating the dataset"; its cause says which.
+        said, cause = str(exc), str(exc.__cause__ or "")
+        if cause not in said:
+            said = f"{said.rstrip('.')}: {cause}"
+        raise CorpusError(f"{failure}: {shorten(said, 300)}") from exc
+
+
+@lru_cache(maxsize=16)
 def _load_dataset(ref: DatasetRef) -> Any:
     import datasets
 
-    try:
-        if ref.kind == "disk":
-            loaded = datasets.load_from_disk(ref.root)
-            return loaded if ref.split is None else loaded[ref.split]
+    if ref.kind == "disk":
+        with _explained(f"the dataset {ref.root} cannot be loaded"):
+            # Not by the URI: for it `datasets` wants fsspec's own client of each store.
+            named = ref.root if ref.split is None else Store(ref.root).uri_of(ref.split)
+            with local_folder(named) as folder:
+                return datasets.load_from_disk(folder)
+    with _explained(f"the dataset {ref.root} cannot be loaded"):
         loaded = datasets.load_dataset(
-            ref.root, ref.subset, split=ref.split, revision=ref.revision
+            ref.root,
+            ref.subset,
+            split=ref.split,
+            revision=ref.revision,
+            keep_in_memory=False,  # whatever the environment says: its files identify it
         ).with_format(None)
-    except (OSError, ValueError, KeyError, RuntimeError) as exc:
-        source = "hub dataset" if ref.kind == "hub" else "saved dataset"
-        raise CorpusError(
-            f"the {source} {ref.root} cannot be loaded: {shorten(str(exc), 200)}"
-        ) from exc
     _check_commit(ref, loaded)
     return loaded
 
@@ -69,9 +108,9 @@ def _check_commit(ref: DatasetRef, loaded: Any) -> None:
     """Refuse what `datasets` 5.2 falls back on, saying so in its log: the version cached last."""
     for file in loaded.cache_files:
         commit = Path(file["filename"]).parent.name  # the folder of a hub dataset is its commit
-        if is_commit(ref.revision) and is_commit(commit) and commit != ref.revision:
+        if ref.commit is not None and is_commit(commit) and commit != ref.commit:
             raise CorpusError(
-                f"the hub dataset {ref.root} cannot be loaded at commit {ref.revision}, and this"
+                f"the hub dataset {ref.root} cannot be loaded at commit {ref.commit}, and this"
                 f" machine's cache has commit {commit}; is the hub reached from here?"
             )
 
@@ -85,16 +124,15 @@ def dataset_splits(ref: DatasetRef, where: str) -> list[str] | None:
     if ref.kind == "hub":
         import datasets
 
-        try:
+        with _explained(f"{where}: the dataset {ref.root} cannot be loaded"):
             return list(
                 datasets.get_dataset_split_names(ref.root, ref.subset, revision=ref.revision)
             )
-        except (OSError, ValueError, RuntimeError) as exc:
-            raise CorpusError(
-                f"{where}: the hub dataset {ref.root} cannot be reached: {shorten(str(exc), 200)}"
-            ) from exc
-    loaded = _load_dataset(ref)
-    return list(loaded) if isinstance(loaded, dict) else None
+    store = Store(ref.root)
+    with _explained(f"{where}: the dataset {ref.root} cannot be loaded"):
+        if store.exists("state.json"):  # as `datasets` does where a dict lies beside it
+            return None
+        return list(store.read_json("dataset_dict.json")["splits"])
 
 
 def dataset_rows(ref: DatasetRef) -> int:
@@ -108,13 +146,18 @@ def dataset_bytes(ref: DatasetRef) -> int:
 
 
 def dataset_fingerprint(ref: DatasetRef) -> dict[str, str]:
-    """What identifies a hub dataset's contents: commit and subset; without a commit, the rows."""
+    """What identifies a hub dataset's contents: commit and subset; without a commit, the rows.
+
+    Raises:
+        CorpusError: It cannot be loaded.
+    """
     subset = {} if ref.subset is None else {"subset": ref.subset}
-    if ref.revision is not None and is_commit(ref.revision):
-        return {"commit": ref.revision, **subset}
+    if ref.commit is not None:
+        return {"commit": ref.commit, **subset}
     loaded = _load_dataset(ref)
-    checksums = getattr(loaded.info, "download_checksums", None) or {}
-    return {"dataset": f"{len(loaded)} rows of {digest(sorted(checksums))[:16]}", **subset}
+    with _explained(f"the dataset {ref.root} cannot be read"):
+        files = [file_sha256(file["filename"]) for file in loaded.cache_files]
+    return {"dataset": f"{len(loaded)} rows of {digest(files)[:16]}", **subset}
 
 
 def dataset_slice(
@@ -124,6 +167,7 @@ def dataset_slice(
     loaded = _load_dataset(ref).with_format(None)
     end = len(loaded) if stop is None else stop
     for low in range(start, end, batch_rows):
-        columns = loaded[low : min(low + batch_rows, end)]
+        with _explained(f"rows of the dataset {ref.root} cannot be decoded"):
+            columns = loaded[low : min(low + batch_rows, end)]
         for i, values in enumerate(zip(*columns.values(), strict=True)):
             yield low + i, dict(zip(columns, values, strict=True))

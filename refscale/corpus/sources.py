@@ -22,7 +22,7 @@ from refscale.config import Source
 from refscale.corpus import hf_datasets, reading
 from refscale.corpus.hf_datasets import DatasetRef
 from refscale.corpus.parts import Part, explained, filesystem, local_path
-from refscale.errors import CorpusError
+from refscale.errors import CorpusError, StorageError
 from refscale.storage.fingerprints import digest, file_sha256
 
 # A unit's size: at least 4 MiB of file, and at most about 200 units until they are 32 MiB.
@@ -85,7 +85,8 @@ def locate(source: Source, index: int) -> LocatedSource:
     """Find a source's files.
 
     Raises:
-        CorpusError: Missing path, glob without a match, unknown suffix, empty folder.
+        CorpusError: Missing path, glob without a match, unknown suffix, empty folder, or a name in
+            it that is not UTF-8.
     """
     where = f"corpus.sources.{index}"
     if source.dataset is not None:
@@ -129,6 +130,13 @@ def locate(source: Source, index: int) -> LocatedSource:
         return LocatedSource(index, name, root, found)
     except OSError as exc:
         raise CorpusError(f"{where}: {root} cannot be opened: {exc}") from exc
+    except (UnicodeDecodeError, UnicodeEncodeError) as exc:
+        raise CorpusError(
+            f"{where}: {root} cannot be listed: the file name {exc.object!r} is not UTF-8; rename"
+            " the file"
+        ) from exc
+    except re.error as exc:
+        raise CorpusError(f"{where}: {root} is no glob: {exc}; correct what is in [ ]") from exc
 
 
 def plan_units(located: LocatedSource, unit_bytes: int, max_rows: int | None) -> list[Unit]:
@@ -165,14 +173,21 @@ def unit_bytes(total: int) -> int:
 def contents(located: LocatedSource) -> dict[str, str]:
     """What identifies a source's contents: {file: sha256}, or size and time of remote files.
 
-    More than 32 files are summed up in one digest. A hub dataset is its commit and subset.
+    More than 32 files are summed up in one digest. A hub dataset is its commit and subset, or the
+    rows where no commit is known.
+
+    Raises:
+        CorpusError: A file cannot be read.
     """
     found: dict[str, str] = {}
     for file in located.files:
         if "://" in located.root:
             found[file.name] = f"{file.size} bytes, modified {file.mtime_ns}"
-        else:
+            continue
+        try:
             found[file.name] = file_sha256(file.path)
+        except StorageError as exc:
+            raise CorpusError(f"corpus.sources.{located.index}: {exc}") from exc
     if located.dataset is not None and not found:
         return hf_datasets.dataset_fingerprint(located.dataset)
     return found if len(found) <= 32 else {f"{len(found)} files": digest(found)}

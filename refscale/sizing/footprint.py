@@ -7,6 +7,7 @@ at the token budget or for the longest batch; the rest is counted.
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -112,6 +113,7 @@ def model_shape(config: Config) -> ModelShape:
 
     Raises:
         ModelError: The model's config cannot be read or is of no causal LM.
+        ConfigError: train.peft is none that the model takes.
     """
     import torch
 
@@ -141,7 +143,21 @@ def model_shape(config: Config) -> ModelShape:
     if adapter is not None:
         from peft import get_peft_model
 
-        adapted = get_peft_model(model, adapter)
+        # There are no weights to start it from, and how it starts does not change its size.
+        adapter.init_lora_weights = True
+        try:
+            adapted = get_peft_model(model, adapter)
+        except (
+            ValueError,
+            TypeError,
+            LookupError,
+            ImportError,
+            NotImplementedError,
+            re.error,
+        ) as exc:
+            raise ConfigError(
+                f"train.peft does not go with {name}: {' '.join(str(exc).split())[:300]}"
+            ) from exc
         trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     text = loaded.get_text_config()
     layers = layer_sizes(text)

@@ -1,4 +1,4 @@
-"""A model's folder on this machine, also where it is kept on an object store."""
+"""A folder of a model or dataset on this machine, also where an object store keeps it."""
 
 import tempfile
 from collections.abc import Iterator
@@ -9,10 +9,10 @@ from refscale.storage.store import Store
 
 @contextmanager
 def local_folder(name: str) -> Iterator[str]:
-    """Within, a folder that transformers can load: of a URI a copy that is removed afterwards.
+    """Within, a folder that libraries can load: of a URI a copy that is removed afterwards.
 
-    A loaded model does not need it any more: weights are on the device, or in a mapping, which
-    outlives its file.
+    What is loaded does not need it any more: weights are on the device, or in a mapping, as the
+    rows of a dataset, which outlives its file.
 
     Raises:
         StorageError: The URI cannot be read.
@@ -24,7 +24,7 @@ def local_folder(name: str) -> Iterator[str]:
     if store.is_local:
         yield store.uri
         return
-    with tempfile.TemporaryDirectory(prefix="refscale-model-") as work:
+    with tempfile.TemporaryDirectory(prefix="refscale-copy-") as work:
         for file in store.list_files("", recursive=True):
             store.fetch(file, work)
         yield work

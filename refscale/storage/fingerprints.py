@@ -61,8 +61,19 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
 
     The memory is a small JSON file in the user's cache folder: hashing the 16 GB of an 8B model
     takes a minute, and every run needs it.
+
+    Raises:
+        StorageError: It is not there, as behind a broken link, or cannot be read.
     """
-    real = os.path.realpath(path)
+    try:
+        return _remembered_sha256(os.path.realpath(path))
+    except OSError as exc:
+        raise StorageError(
+            f"{path} cannot be read: {exc.strerror or exc}; check that it is there and may be read"
+        ) from exc
+
+
+def _remembered_sha256(real: str) -> str:
     stat = os.stat(real)
     key = f"{real}:{stat.st_size}:{stat.st_mtime_ns}"
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "refscale/sha256.json"
@@ -92,7 +103,7 @@ def model_fingerprint(model_name_or_path: str, revision: str | None) -> dict[str
         id.
 
     Raises:
-        StorageError: Neither a folder with weights nor a resolvable hub id.
+        StorageError: Neither a folder with weights that can be read nor a resolvable hub id.
     """
     folder = Path(model_name_or_path)
     if folder.is_dir():

@@ -513,6 +513,34 @@ def test_lora_holds_gradients_and_optimizer_of_the_adapter_only(llama):
     assert memory.parts["logits"] == pytest.approx(2 * 4096 * 32768 / GIB)
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_adapter_that_starts_from_the_weights_is_counted_without_them(llama, start):
+    one, other = (
+        model_shape(make_config(llama, train={"peft": {"r": 16, "init_lora_weights": init}}))
+        for init in (True, start)
+    )
+    assert one == other and one.trainable < one.parameters
+
+
+@pytest.mark.parametrize(
+    ("model", "peft", "said"),
+    [
+        ({}, {"r": 4, "target_modules": ["query_proj"]}, "Target modules .*query_proj.* not found"),
+        ({"model_type": "olmo2"}, {"r": 4}, "Please specify `target_modules`"),
+        ({}, {"r": 4, "rank_pattern": {"[": 2}}, "unterminated character set"),
+        ({}, {"r": 4, "layer_replication": [[0, 9]]}, "index 1 is out of range"),
+    ],
+    ids=["unknown", "no_default", "pattern", "layer"],
+)
+def test_an_adapter_that_the_model_does_not_take_is_an_error_of_the_config(
+    tmp_path, model, peft, said
+):
+    values = {**LLAMA_8B, "num_hidden_layers": 1, **model}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=rf"^train\.peft does not go with {tmp_path}: {said}"):
+        model_shape(make_config(tmp_path, train={"peft": peft}))
+
+
 def test_lora_computes_no_gradients_of_the_frozen_weights(llama):
     lengths = of_means(10, 4, 4, 4)
     peft = {"r": 16, "target_modules": ["q_proj", "v_proj"]}

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 
 import pyarrow as pa
@@ -9,6 +10,8 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from fake_hub import cache_dataset, commit, fake_hub
+from huggingface_hub.errors import OfflineModeIsEnabled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import string_pairs, write_jsonl
@@ -134,6 +137,97 @@ def test_a_dataset_is_read_in_several_units(tmp_path, monkeypatch, kind, rows, c
     assert [(part.start, part.stop) for unit in few for part in unit.parts] == [(0, 10)]
     assert few[0].parts[0].num_bytes == found.num_bytes * 10 // rows
     hf_datasets._load_dataset.cache_clear()
+
+
+@pytest.fixture
+def datasets_cache(tmp_path, monkeypatch):
+    """An empty cache of `datasets`, and nothing kept open."""
+    import datasets
+
+    folder = tmp_path / "datasets"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+    hf_datasets._load_dataset.cache_clear()
+    yield folder
+    hf_datasets._load_dataset.cache_clear()
+
+
+def relabelled(rows):
+    """The same prompts and as many rows; what was chosen of the last one was rejected."""
+    return [*rows[:-1], {**rows[-1], "chosen": rows[-1]["rejected"], "rejected": "other"}]
+
+
+@pytest.mark.parametrize("revision", [None, commit("a")], ids=["no_revision", "revision"])
+@pytest.mark.parametrize("in_memory", [0, 1 << 30], ids=["mapped", "in_memory"])
+def test_a_clone_of_a_hub_dataset_is_another_when_it_is_relabelled(
+    tmp_path, datasets_cache, monkeypatch, in_memory, revision
+):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "IN_MEMORY_MAX_SIZE", in_memory)
+
+    def identity(rows):
+        hf_datasets._load_dataset.cache_clear()  # as the next command does
+        write_jsonl(tmp_path / "clone/train.jsonl", rows)
+        found = locate(Source(dataset=str(tmp_path / "clone"), revision=revision), 0)
+        assert hf_datasets.dataset_rows(found.dataset) == len(rows)
+        assert str(found.dataset) == "split train"
+        return contents(found)
+
+    before = identity(ROWS[:5])
+    after = identity(relabelled(ROWS[:5]))
+    assert before["dataset"].startswith("5 rows of ") and after["dataset"].startswith("5 rows of ")
+    assert before != after and before == identity(ROWS[:5])
+
+
+def test_a_hub_dataset_of_no_known_commit_goes_by_its_rows(tmp_path, datasets_cache, monkeypatch):
+    hub = fake_hub(monkeypatch, tmp_path / "hub")
+    hub.failing = lambda: OfflineModeIsEnabled("offline")
+    rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in ROWS[:5]]
+
+    def identity(letter, rows):
+        hf_datasets._load_dataset.cache_clear()
+        cache_dataset(datasets_cache, letter, rows)
+        found = contents(locate(Source(dataset="org/d"), 0))
+        (datasets_cache / "org___d").rename(tmp_path / f"before-{letter}")
+        return found
+
+    before, same = identity("a", rows), identity("b", rows)
+    assert before == same != identity("c", relabelled(rows))
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (
+            {"a.jsonl": '{"x": 1}\n', "b.jsonl": '{"x": 1, "y": 2}\n'},
+            "generating .*column names don't match",
+        ),
+        ({"a.jsonl": '{"x": 1}\n{"x"\n'}, "generating the dataset: JSON parse error"),
+        ({"a.parquet": "PAR1junk"}, "split names could not be parsed .*[Pp]arquet"),
+        ({"rows.unknown": "x"}, "data files"),
+        ({"a.jsonl": '{"x": 1}\n', "README.md": "---\na: [b\n---\n"}, "expected ',' or"),
+    ],
+    ids=["columns", "json", "parquet", "empty", "card"],
+)
+def test_a_clone_that_cannot_be_loaded_is_one_error_that_says_why(
+    tmp_path, datasets_cache, files, said
+):
+    (tmp_path / "clone").mkdir()
+    for name, text in files.items():
+        (tmp_path / "clone" / name).write_text(text)
+    with pytest.raises(
+        CorpusError, match=f"the dataset {tmp_path}/clone cannot be loaded: .*{said}"
+    ):
+        _ = locate(Source(dataset=str(tmp_path / "clone")), 0).num_bytes
+
+
+def test_rows_of_a_dataset_that_cannot_be_decoded_are_one_error(tmp_path):
+    import datasets
+
+    values = pa.ExtensionArray.from_storage(pa.json_(), pa.array(['{"a": 1}', "{bad"]))
+    datasets.Dataset(pa.table({"x": values})).save_to_disk(tmp_path / "saved")
+    with pytest.raises(CorpusError, match=f"rows of the dataset {tmp_path}/saved cannot be decod"):
+        read(tmp_path / "saved")
 
 
 LINES = st.lists(
@@ -338,6 +432,21 @@ def test_an_unreadable_source_is_one_error_that_names_it(tmp_path, name, content
         (tmp_path / name).write_bytes(content)
     with pytest.raises(CorpusError, match=message):
         read(name if "://" in name else tmp_path / name)
+
+
+@pytest.mark.parametrize("glob", ["shard-[9-0].jsonl", "[!]"])
+def test_a_glob_that_is_none_is_an_error_that_names_it(tmp_path, glob):
+    with pytest.raises(CorpusError) as caught:
+        read(tmp_path / glob)
+    assert f"corpus.sources.0: {tmp_path}/{glob} is no glob: " in str(caught.value)
+
+
+def test_a_file_name_that_is_not_utf8_is_an_error_that_names_it(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("")
+    for path in (tmp_path, tmp_path / "*.jsonl", tmp_path / os.fsdecode(b"caf\xe9.txt")):
+        with pytest.raises(CorpusError, match=r"caf\\(xe9|udce9).txt' is not UTF-8; rename"):
+            read(path)
 
 
 def test_an_empty_folder_is_an_error(tmp_path):
