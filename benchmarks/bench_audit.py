@@ -11,13 +11,10 @@ row for the list of the most doubted pairs, with its precision. Costs the scorin
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks import corpora
-from benchmarks.common import Row
+import corpora
+from common import Row
 
 STRATEGIES = ("mean_margin", "margin", "length_adjusted_margin")
 PARTS: tuple[dict[str, Any], ...] = (

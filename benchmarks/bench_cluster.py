@@ -16,14 +16,10 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.common import BenchmarkError, Row, load_result, markdown_table, spread, write_result
+from common import BenchmarkError, Row, load_result, markdown_table, spread, write_result
 
 UNITS = {
     "overhead_ms": "a shard",

@@ -13,13 +13,10 @@ same command resumes. `refscale bench audit` looks at the labels and trains noth
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks import corpora
-from benchmarks.common import Row
+import corpora
+from common import Row
 
 UNITS = {
     "accuracy": "of held-out pairs",

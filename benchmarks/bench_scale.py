@@ -73,6 +73,7 @@ def drive(pipe: Connection, config: dict[str, Any], run_dir: str) -> None:
     import torch
 
     from refscale import pipeline
+    from refscale.cluster.runtime import disconnect
     from refscale.config import parse_config
     from refscale.run import Run, claim
     from refscale.storage.store import Store
@@ -94,7 +95,7 @@ def drive(pipe: Connection, config: dict[str, Any], run_dir: str) -> None:
             "replica_wait_share": manifest["details"].get("wait_share"),
             "tokens": manifest["details"].get("useful_tokens"),
         }
-    pipeline.disconnect()
+    disconnect()
     pipe.send(found)
 
 

@@ -36,7 +36,9 @@ def chunks(total: int, ties: float, seed: int) -> Iterator[Keys]:
         values = rng.standard_normal(size, dtype=np.float32)
         values[rng.random(size, dtype=np.float32) < ties] = 0.5
         pair_ids = rng.integers(0, 1 << 64, size=(size, 2), dtype=np.uint64)
-        yield Keys(values, pair_ids, np.broadcast_to(np.array("a", dtype=object), (size,)))
+        source = np.broadcast_to(np.array("a", dtype=object), size)
+        difference = np.broadcast_to(np.array(0), size)
+        yield Keys(values, pair_ids, source, difference)
 
 
 def peak_bytes(pid: int | str = "self") -> int:

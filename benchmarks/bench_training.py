@@ -342,13 +342,13 @@ def rank_main(plan: dict[str, Any]) -> None:
     ends: list[float] = []
     precompute_s: list[float] = []
 
-    class Clock(TrainerCallback):
+    class Clock(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             if device == "cuda":
                 torch.cuda.synchronize()
             ends.append(time.perf_counter())
 
-    class OnIds(DPOTrainer):
+    class OnIds(DPOTrainer):  # type: ignore[misc]
         """TRL's own trainer on the same ids; it would tokenise texts."""
 
         def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:

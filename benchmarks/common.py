@@ -39,7 +39,7 @@ class BenchmarkError(RefscaleError):
     """A benchmark cannot run as asked, or its result could not be repeated."""
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
+def spread(values: Sequence[float] | np.ndarray) -> dict[str, float]:
     """Median, 20th and 80th percentile and number of `values`, as a row of a result holds them."""
     if not len(values):
         raise BenchmarkError("no values were measured, so there is no median; repeat at least once")

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from common import BenchmarkError, Row, load_result, markdown_table, write_result
 
-from benchmarks.common import BenchmarkError, Row, load_result, markdown_table, write_result
 from refscale import demo
 from refscale.errors import CorpusError
 

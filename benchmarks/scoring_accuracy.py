@@ -31,10 +31,10 @@ def accuracy(
 
 def spearman(values: np.ndarray, others: np.ndarray) -> float | None:
     """Correlation of the ranks; None where one of them does not vary."""
-    ranks = [_ranks(values), _ranks(others)]
-    if min(np.ptp(r) for r in ranks) == 0:
+    first, second = _ranks(values), _ranks(others)
+    if min(np.ptp(first), np.ptp(second)) == 0:
         return None
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(first, second)[0, 1])
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

@@ -1,9 +1,8 @@
 """The whole product through its command line: one run of all stages on a tiny model."""
 
-import importlib
 import json
-from pathlib import Path
 
+import bench_scoring
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -269,9 +268,7 @@ def test_too_many_refused_rows_end_with_exit_code_3(tmp_path, tiny_model, ray_se
 def test_the_scoring_benchmark_compares_a_replica_with_a_bare_process(
     tmp_path, ray_session, monkeypatch
 ):
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
     monkeypatch.setenv("REFSCALE_COMMIT", "0" * 40)
-    bench_scoring = importlib.import_module("bench_scoring")
     found = tmp_path / "result.json"
     asked = "--model tiny-shape --dtype float32 --corpora hh-like --pairs 6 --repeats 2"
     asked += f" --oracle-pairs 2 --scorers packed --through-ray --out {found}"

@@ -2,9 +2,8 @@
 
 import json
 
+import corpora
 import pytest
-
-from benchmarks import corpora
 
 
 def write(path, prompts):
