@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from refscale.config import Config
 from refscale.config_file import explain_model_name
@@ -77,6 +78,7 @@ class ModelShape:
     Attributes:
         parameters: All of them, tied ones once.
         trainable: Those that training updates.
+        quantizable: Those that score.quantization keeps in 8 or 4 bits.
         flops_per_token: Of the backbone, forward.
         flops_per_head_row: Of the output head, forward.
         flops_per_context: Per attended key, forward.
@@ -90,6 +92,7 @@ class ModelShape:
 
     parameters: int
     trainable: int
+    quantizable: int
     flops_per_token: float
     flops_per_head_row: float
     flops_per_context: float
@@ -138,7 +141,7 @@ def model_shape(config: Config) -> ModelShape:
         raise ModelError(explain_model_name(name, error)) from exc
     flops = Flops.of(model)
     parameters = sum(p.numel() for p in model.parameters())
-    trainable = parameters
+    trainable, quantizable = parameters, _quantizable(model)
     adapter = peft_config(config.train.peft)
     if adapter is not None:
         from peft import get_peft_model
@@ -165,6 +168,7 @@ def model_shape(config: Config) -> ModelShape:
     return ModelShape(
         parameters=parameters,
         trainable=trainable,
+        quantizable=quantizable,
         flops_per_token=flops.per_token,
         flops_per_head_row=flops.per_head_row,
         flops_per_context=flops.per_context,
@@ -173,6 +177,22 @@ def model_shape(config: Config) -> ModelShape:
         num_layers=len(layers),
         attention_width=max(s.attention_width for s in layers),
         vocab_size=text.vocab_size,
+    )
+
+
+def _quantizable(model: Any) -> int:
+    """Weights that transformers hands to bitsandbytes: not the head, embeddings, fused experts."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    kept = get_keys_to_not_convert(model)
+    return sum(
+        module.weight.numel()
+        for name, module in model.named_modules()
+        if (isinstance(module, Conv1D) or type(module) is torch.nn.Linear)
+        and should_convert_module(name, kept)
     )
 
 
@@ -194,6 +214,23 @@ class Memory:
         return self.total <= self.capacity
 
 
+@dataclass(frozen=True)
+class Replica:
+    """A replica of a model that scores.
+
+    Attributes:
+        gpus: That hold it.
+        share: Of GPUs that Ray gives it: less than 1 where several replicas share one.
+        token_budget: Tokens of a forward pass.
+        memory: Of each GPU, or of its share.
+    """
+
+    gpus: int
+    share: float
+    token_budget: int
+    memory: Memory
+
+
 def parse_gpus(text: str) -> tuple[int, Gpu]:
     """Number and GPU of `8xH100`, or of `H100` alone.
 
@@ -211,44 +248,49 @@ def parse_gpus(text: str) -> tuple[int, Gpu]:
     return int(count), gpu
 
 
-def replica_memory(
-    config: Config, shape: ModelShape, gpu: Gpu, count: int, assumed: Assumptions, half: bool
-) -> tuple[int, int, Memory]:
-    """GPUs of a scoring replica, tokens of its forward pass, memory of each of its GPUs."""
-    itemsize = 2 if half else 4
+def _weight_bytes(shape: ModelShape, itemsize: int, quantization: str | None) -> float:
+    """Of all weights, those that are not quantised in `itemsize` bytes."""
     # bitsandbytes keeps a scale for every 64 weights of 4 bits.
-    weight_bytes = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}.get(
-        config.score.quantization or "", itemsize
-    )
-    weights = shape.parameters * weight_bytes / GIB
+    quantized = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}.get(quantization or "", itemsize)
+    return shape.quantizable * quantized + (shape.parameters - shape.quantizable) * itemsize
+
+
+def size_replica(
+    config: Config,
+    shape: ModelShape,
+    gpu: Gpu,
+    count: int,
+    assumed: Assumptions,
+    *,
+    half: bool,
+    quantization: str | None,
+    asked: float | None,
+) -> Replica:
+    """A replica on the GPUs asked for, else on the fewest that it fits on; it may fit on none."""
+    itemsize = 2 if half else 4
+    weights = _weight_bytes(shape, itemsize, quantization) / GIB
     # Logits and their log-softmax in fp32, beside the products where those are not.
     tile = _TILE_ROWS * min(shape.vocab_size, _TILE_VOCAB) * (8 + (itemsize if half else 0)) / GIB
     width = (12 * shape.hidden_size + 3 * shape.intermediate_size) * itemsize / GIB
-    asked = config.ray.gpus_per_replica
-    candidates = [math.ceil(asked)] if asked else range(1, count + 1)
-    memory = None
-    for per_replica in candidates:
-        capacity = gpu.memory_gib * (asked if asked and asked < 1 else 1)
-        free = capacity - weights / per_replica - assumed.context_gib
+
+    def on(share: float) -> Replica:
+        gpus, capacity = math.ceil(share), gpu.memory_gib * min(share, 1)
+        free = capacity - weights / gpus - assumed.context_gib
         budget = config.score.token_budget or max(
             _BUDGETS[0], min(_BUDGETS[1], int(0.5 * free / width))
         )
-        memory = Memory(
-            {
-                "weights": weights / per_replica,
-                "activations": budget * width,
-                "logits": tile,
-                "context": assumed.context_gib,
-            },
-            capacity,
-        )
-        if memory.fits and per_replica <= count:
-            return per_replica, budget, memory
-    assert memory is not None, "there is at least one candidate"
-    raise ConfigError(
-        f"a scoring replica needs {memory.total:.1f} GiB on each of {candidates[-1]} {gpu.name},"
-        f" which have {gpu.memory_gib:g}; give more or larger GPUs, or score.quantization"
-    )
+        parts = {
+            "weights": weights / gpus,
+            "activations": budget * width,
+            "logits": tile,
+            "context": assumed.context_gib,
+        }
+        return Replica(gpus, share, budget, Memory(parts, capacity))
+
+    if asked is not None:
+        return on(asked)
+    replicas = map(on, range(1, count + 1))
+    return next((replica for replica in replicas if replica.memory.fits), on(count))
 
 
 def worker_memory(
@@ -272,7 +314,9 @@ def worker_memory(
     offload = stage.endswith("_offload")
     # Two moments and masters in fp32; fp32 weights are their own, but stages 1 and 2 copy them.
     optimizer = 12 if mixed or zero in (1, 2) else 8
-    weights = shape.parameters * weight / (workers if zero == 3 else 1)
+    # Quantised weights are trained under an adapter alone; without one training is refused.
+    quantization = config.score.quantization if config.train.peft else None
+    weights = _weight_bytes(shape, weight, quantization) / (workers if zero == 3 else 1)
     grads = shape.trainable * weight / (workers if zero >= 2 else 1)
     states = shape.trainable * optimizer / (workers if zero >= 1 else 1)
     owned = shape.trainable / workers

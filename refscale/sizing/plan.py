@@ -23,13 +23,16 @@ from refscale.sizing.footprint import (
     Gpu,
     Memory,
     ModelShape,
+    Replica,
     model_shape,
     parse_gpus,
-    replica_memory,
+    size_replica,
     worker_memory,
 )
 from refscale.sizing.lengths import Lengths, of_means, of_run, of_sources, read_means
 from refscale.storage.store import Store
+from refscale.training.checks import check_quantization
+from refscale.training.presets import check_sections
 
 _MOST_WORKERS = 1024
 # Of training's operations: measuring the holdout meanwhile is worth a note from here on.
@@ -43,7 +46,8 @@ class Sizing:
     `flops`, `gpu_hours` and `hours` are by stage: `gpu_hours` of the GPUs that it uses, `hours` of
     the clock. With `train.eval_steps`, `measuring` is what training does on the holdout: it looks
     `measurements` times at `measured_pairs` pairs, `measured_tokens` in all. `assumptions` has the
-    training MFU that was taken where none was given.
+    training MFU that was taken where none was given. `evaluation_replica` is None where it is as
+    scoring's: it differs with `score.quantization`, as the policy is not quantised.
     """
 
     gpu: Gpu
@@ -59,6 +63,7 @@ class Sizing:
     replicas: int
     token_budget: int
     replica_memory: Memory
+    evaluation_replica: Replica | None
     worker_memory: dict[str, Memory]
     workers_needed: dict[str, int | None]
     stage: str
@@ -84,6 +89,9 @@ class Sizing:
         values = asdict(self)
         values["reserved_gpu_hours"], values["cost"] = self.reserved_gpu_hours, self.cost
         values["replica_memory"]["total"] = self.replica_memory.total
+        if self.evaluation_replica is not None:
+            total = self.evaluation_replica.memory.total
+            values["evaluation_replica"]["memory"]["total"] = total
         for name, memory in self.worker_memory.items():
             values["worker_memory"][name]["total"] = memory.total
         return values
@@ -122,6 +130,14 @@ class Sizing:
                 f" forward; {self.replicas} replica(s)",
             )
         )
+        if (replica := self.evaluation_replica) is not None:
+            found.append(
+                (
+                    "evaluation replica",
+                    f"{replica.gpus} GPU(s), {_gib(replica.memory)}, {replica.token_budget:,}"
+                    " tokens a forward; not quantised",
+                )
+            )
         for name, memory in self.worker_memory.items():
             needed = self.workers_needed[name]
             enough = f"from {needed} worker(s)" if needed else "does not fit at any number"
@@ -155,11 +171,13 @@ def plan(
         model: Default: `model_shape(config)`.
 
     Raises:
-        ConfigError: The model does not fit on the GPUs, or `gpus` is malformed.
+        ConfigError: The model does not fit on the GPUs, the config has CPUs do the work, or `gpus`
+            is malformed.
         ModelError: The model's config cannot be read.
     """
     assumed = assumptions or Assumptions()
     count, gpu = parse_gpus(gpus)
+    _check_gpus(config, count)
     shape = model or model_shape(config)
     # Scoring and the evaluation compute in model.dtype, and training in what scored unless told.
     half = config.model.dtype in ("auto", "bfloat16", "float16")
@@ -175,22 +193,42 @@ def plan(
         if not is_half
     ]
 
-    per_replica, budget, memory = replica_memory(config, shape, gpu, count, assumed, half)
     asked = config.ray.gpus_per_replica
-    # Several replicas of less than a GPU share one.
-    share = asked if asked and asked < 1 else per_replica
-    replicas = min(int(count / share), config.ray.replica_bounds()[1])
-    used = {"scoring": min(count, math.ceil(replicas * share))}
-    notes += _replica_notes(config, count, int(count / share), used["scoring"])
-    if per_replica > 1:
+    held = min(lengths.holdout_pairs, config.evaluate.max_pairs or lengths.holdout_pairs)
+
+    def replica(quantization: str | None, asked: float | None) -> Replica:
+        return size_replica(
+            config, shape, gpu, count, assumed, half=half, quantization=quantization, asked=asked
+        )
+
+    def spread(replica: Replica) -> tuple[int, int, int]:
+        """Replicas that fit, those that the run starts, and the GPUs that these take."""
+        fit = int(count / replica.share)
+        started = min(fit, config.ray.replica_bounds()[1])
+        return fit, started, min(count, math.ceil(started * replica.share))
+
+    scoring = replica(config.score.quantization, asked)
+    _check_fits(scoring, gpu, asked)
+    fit, replicas, scoring_gpus = spread(scoring)
+    notes += _replica_notes(config, count, fit, scoring_gpus)
+    if asked is None and scoring.gpus > 1:
         notes.append(
-            f"a replica of {per_replica} GPUs works through its layers in turn: one GPU is busy"
-            " at a time"
+            f"a replica takes {scoring.gpus} GPUs and gets 1 where ray.gpus_per_replica is not set;"
+            f" set ray.gpus_per_replica: {scoring.gpus}"
+        )
+    evaluation = scoring
+    if config.score.quantization and held:
+        evaluation = replica(None, scoring.share)
+        if not evaluation.memory.fits:
+            evaluation = replica(None, None)
+            notes.append(_evaluation_note(evaluation))
+    if max(scoring.gpus, evaluation.gpus) > 1:
+        notes.append(
+            "a replica of several GPUs works through its layers in turn: one GPU is busy at a time"
         )
     kept, kept_notes = _kept(config, lengths)
     notes += kept_notes
     steps, trained = _steps(config, lengths, kept)
-    held = min(lengths.holdout_pairs, config.evaluate.max_pairs or lengths.holdout_pairs)
     measurements = _measurements(config, steps) if held else 0
     work = _flops(config, shape, lengths, trained, held, measurements)
     notes += _measuring_notes(config, work, held, measurements)
@@ -205,14 +243,14 @@ def plan(
         3600e12 * (gpu.bf16_tflops if is_half else gpu.fp32_tflops)  # operations an hour
         for is_half in (half, half_training)
     )
-    scoring_rate = assumed.scoring_mfu * peak / per_replica
+    scoring_rate = assumed.scoring_mfu * peak
     training_rate = training_mfu * peak_training
     rates = {
-        "scoring": scoring_rate,
+        "scoring": scoring_rate / scoring.gpus,
         "training": training_rate,
         # A forward alone is not computed again.
         "measuring": training_rate * recomputed,
-        "evaluation": scoring_rate,
+        "evaluation": scoring_rate / evaluation.gpus,
     }
     gpu_hours = {name: flops / rates[name] for name, flops in work.items()}
     workers = min(config.train.num_workers, count)
@@ -223,7 +261,12 @@ def plan(
             f"train.num_workers is {workers}: {count - workers} of {count} GPUs idle in training;"
             f" set train.num_workers: {count}, which makes a step's batch larger"
         )
-    used.update(training=workers, measuring=workers, evaluation=used["scoring"])
+    used = {
+        "scoring": scoring_gpus,
+        "training": workers,
+        "measuring": workers,
+        "evaluation": spread(evaluation)[2],
+    }
     itemsize = 2 if half_training else 4
     if workers > 1:
         notes.append(
@@ -240,8 +283,11 @@ def plan(
 
     asked_stage = config.train.deepspeed
     stage = "a config" if isinstance(asked_stage, dict) else asked_stage or "ddp"
-    memories = {name: training(name, workers) for name in STAGES}
-    needed = {name: enough(name) for name in STAGES}
+    # ZeRO-3 does not partition quantised weights, and is refused with them.
+    stages = [name for name in STAGES if not (config.score.quantization and "zero3" in name)]
+    memories = {name: training(name, workers) for name in stages}
+    needed = {name: enough(name) for name in stages}
+    notes += _quantization_notes(config)
     if stage in memories and not memories[stage].fits:
         train = config.train.model_copy(update={"gradient_checkpointing": True})
         recomputing = training(stage, workers, config.model_copy(update={"train": train}))
@@ -256,10 +302,11 @@ def plan(
         flops=work,
         gpu_hours=gpu_hours,
         hours={name: hours / used[name] for name, hours in gpu_hours.items()},
-        gpus_per_replica=per_replica,
+        gpus_per_replica=scoring.gpus,
         replicas=replicas,
-        token_budget=budget,
-        replica_memory=memory,
+        token_budget=scoring.token_budget,
+        replica_memory=scoring.memory,
+        evaluation_replica=None if evaluation is scoring else evaluation,
         worker_memory=memories,
         workers_needed=needed,
         stage=stage,
@@ -357,6 +404,69 @@ def _replica_notes(config: Config, count: int, fit: int, used: int) -> list[str]
             f"ray.replicas{of} is {most}: {count - used} of {count} GPUs idle in scoring; set"
             f" ray.replicas{of}: {fit}"
         ]
+    return []
+
+
+def _check_gpus(config: Config, count: int) -> None:
+    """Refuse to size what CPUs do, and a replica of more GPUs than there are."""
+    replica, worker = config.ray.gpus_per_replica, config.ray.gpus_per_worker
+    for name, gpus, what in (
+        ("gpus_per_replica", replica, "scoring and the evaluation"),
+        ("gpus_per_worker", worker, "training"),
+    ):
+        if gpus == 0:
+            raise ConfigError(
+                f"ray.{name} is 0: CPUs do {what}, which plan does not size; to size GPUs, set"
+                f" ray.{name}: 1"
+            )
+    if replica is not None and replica > count:
+        raise ConfigError(
+            f"ray.gpus_per_replica is {replica:g} and --gpus has {count}; lower the one or raise"
+            " the other"
+        )
+
+
+def _check_fits(scoring: Replica, gpu: Gpu, asked: float | None) -> None:
+    """Refuse a scoring replica that does not fit."""
+    if scoring.memory.fits:
+        return
+    ways = "give more or larger GPUs"
+    if asked is not None:
+        ways = "raise ray.gpus_per_replica, or give larger GPUs"
+    have = f"have {gpu.memory_gib:g}"
+    if scoring.share < 1:
+        have += f" for {int(1 / scoring.share)} replica(s)"
+    raise ConfigError(
+        f"a scoring replica needs {scoring.memory.total:.1f} GiB on each of {scoring.gpus}"
+        f" {gpu.name}, which {have}; {ways}"
+    )
+
+
+def _evaluation_note(replica: Replica) -> str:
+    """What the evaluation takes, whose policy is not quantised and so larger than what scored."""
+    if not replica.memory.fits:
+        return (
+            "the evaluation does not fit: it loads the policy unquantised,"
+            f" {replica.memory.total:.1f} GiB on each of {replica.gpus} GPU(s), which have"
+            f" {replica.memory.capacity:g}; give more or larger GPUs"
+        )
+    return (
+        f"the evaluation loads the policy unquantised, for which a replica takes {replica.gpus}"
+        f" GPU(s); evaluate with --set ray.gpus_per_replica={replica.gpus}"
+    )
+
+
+def _quantization_notes(config: Config) -> list[str]:
+    """That training refuses the quantised base, which scoring alone takes."""
+    if config.score.quantization is None:
+        return []
+    train = config.train.model_dump()
+    try:
+        if isinstance(train["deepspeed"], dict):
+            check_sections(train["deepspeed"])
+        check_quantization(config.score.quantization, train)
+    except ConfigError as exc:
+        return [f"training refuses this: {exc}"]
     return []
 
 

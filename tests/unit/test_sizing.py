@@ -48,6 +48,20 @@ def llama(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def llama_70b(tmp_path_factory):
+    """Llama-3.1-70B: 131.4 GiB in bf16, 39.8 with its layers in 4 bits."""
+    folder = tmp_path_factory.mktemp("llama-70b")
+    larger = {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+    }
+    (folder / "config.json").write_text(json.dumps({**LLAMA_8B, **larger}))
+    return folder
+
+
 def make_config(model, **sections):
     values = {
         "model": {"model_name_or_path": str(model)},
@@ -240,6 +254,130 @@ def test_a_model_too_large_for_one_gpu_takes_several_and_waits_for_itself(llama)
     assert any("in turn" in note for note in two.notes)
     with pytest.raises(ConfigError, match=r"GiB on each of 1 L4, which have 22\.5"):
         plan(make_config(llama, score={"token_budget": 65536}), lengths, gpus="1xL4")
+
+
+def test_a_replica_of_several_gpus_is_one_that_the_config_has_to_ask_for(llama_70b):
+    shape = model_shape(make_config(llama_70b))
+
+    def sized(**ray):
+        config = make_config(llama_70b, ray={"replicas": 2, **ray})
+        return plan(config, of_means(10, 4, 4, 4), gpus="8xH100", model=shape)
+
+    def notes(sizing):
+        return [note for note in sizing.notes if "ray.gpus_per_replica" in note]
+
+    assert sized().gpus_per_replica == 2
+    assert notes(sized()) == [
+        "a replica takes 2 GPUs and gets 1 where ray.gpus_per_replica is not set; set"
+        " ray.gpus_per_replica: 2"
+    ]
+    assert sized(gpus_per_replica=2).gpus_per_replica == 2
+    assert notes(sized(gpus_per_replica=2)) == []
+    # 131.4 GiB of weights, 0.7 of activations, 2.5 of logits, 2 of context.
+    said = (
+        r"^a scoring replica needs 136\.6 GiB on each of 1 H100, which have 79\.1; raise"
+        r" ray\.gpus_per_replica, or give larger GPUs$"
+    )
+    with pytest.raises(ConfigError, match=said):
+        sized(gpus_per_replica=1)
+
+
+@pytest.mark.parametrize(
+    ("ray", "said"),
+    [
+        (
+            {"gpus_per_replica": 0},
+            "ray.gpus_per_replica is 0: CPUs do scoring and the evaluation, which plan does not"
+            " size; to size GPUs, set ray.gpus_per_replica: 1",
+        ),
+        (
+            {"gpus_per_worker": 0},
+            "ray.gpus_per_worker is 0: CPUs do training, which plan does not size; to size GPUs,"
+            " set ray.gpus_per_worker: 1",
+        ),
+        (
+            {"gpus_per_replica": 4},
+            "ray.gpus_per_replica is 4 and --gpus has 2; lower the one or raise the other",
+        ),
+    ],
+    ids=["cpu_replica", "cpu_worker", "too_many"],
+)
+def test_what_is_not_on_the_gpus_given_is_not_sized_as_if_it_were(llama, ray, said):
+    with pytest.raises(ConfigError, match=f"^{re.escape(said)}$"):
+        plan(make_config(llama, ray=ray), of_means(10, 4, 4, 4), gpus="2xH100")
+
+
+def test_the_share_of_a_gpu_that_is_too_small_is_said(llama):
+    said = r"on each of 1 H100, which have 79\.1 for 4 replica\(s\); raise ray\.gpus_per_replica"
+    with pytest.raises(ConfigError, match=said):
+        plan(make_config(llama, ray={"gpus_per_replica": 0.25}), of_means(10, 4, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("ray", "scoring", "evaluation", "notes"),
+    [
+        (
+            {},
+            1,
+            2,
+            ["for which a replica takes 2 GPU(s); evaluate with --set ray.gpus_per_replica=2"],
+        ),
+        (
+            {"gpus_per_replica": 1},
+            1,
+            2,
+            ["for which a replica takes 2 GPU(s); evaluate with --set ray.gpus_per_replica=2"],
+        ),
+        ({"gpus_per_replica": 2}, 2, 2, []),
+    ],
+    ids=["unset", "one", "two"],
+)
+def test_the_evaluation_is_sized_with_the_policy_that_it_loads_unquantised(
+    llama_70b, ray, scoring, evaluation, notes
+):
+    lengths = of_means(1000, 400, 300, 300, holdout_fraction=0.1)
+    quantised = {"score": {"quantization": "4bit"}, "train": {"peft": {"r": 16}}}
+    config = make_config(llama_70b, ray={"replicas": 4, **ray}, **quantised)
+    sizing = plan(config, lengths, gpus="8xH100")
+    replica = sizing.evaluation_replica
+    assert (sizing.gpus_per_replica, replica.gpus) == (scoring, evaluation)
+    weights = sizing.model.parameters * 2 / GIB
+    assert replica.memory.parts["weights"] == pytest.approx(weights / evaluation)
+    # Its GPUs are busy in turn; four replicas run side by side.
+    hours = sizing.flops["evaluation"] / (0.45 * 989e12 * 3600)
+    assert sizing.gpu_hours["evaluation"] == pytest.approx(hours * evaluation)
+    assert sizing.hours["evaluation"] == pytest.approx(hours / 4)
+    assert sizing.hours["scoring"] == pytest.approx(
+        sizing.flops["scoring"] / (0.45 * 989e12 * 3600) / 4
+    )
+    found = [note for note in sizing.notes if "ray.gpus_per_replica" in note]
+    assert found == [f"the evaluation loads the policy unquantised, {note}" for note in notes]
+    line = dict(sizing.lines())["evaluation replica"]
+    assert line.startswith(f"{evaluation} GPU(s), ") and line.endswith("; not quantised")
+    assert sizing.as_dict()["evaluation_replica"]["memory"]["total"] == replica.memory.total
+
+
+def test_an_evaluation_that_fits_on_no_gpus_given_is_said(llama_70b):
+    quantised = {"score": {"quantization": "4bit"}, "train": {"peft": {"r": 16}}}
+    config = make_config(llama_70b, **quantised)
+    shape = model_shape(config)
+    lengths = of_means(1000, 400, 300, 300, holdout_fraction=0.1)
+    sizing = plan(config, lengths, gpus="1xH100", model=shape)
+    assert sizing.replica_memory.fits
+    [note] = [note for note in sizing.notes if note.startswith("the evaluation does not fit")]
+    assert note == (
+        "the evaluation does not fit: it loads the policy unquantised, 136.6 GiB on each of"
+        " 1 GPU(s), which have 79.1; give more or larger GPUs"
+    )
+    assert "DOES NOT FIT" in dict(sizing.lines())["evaluation replica"]
+    # Nothing held out, and no policy is loaded; nothing quantised, and it is as the reference.
+    for other, found in (
+        (config, replace(lengths, holdout_pairs=0)),
+        (make_config(llama_70b, ray={"gpus_per_replica": 2}), lengths),
+    ):
+        sizing = plan(other, found, gpus="2xH100", model=shape)
+        assert sizing.evaluation_replica is None
+        assert not [note for note in sizing.notes if "unquantised" in note]
 
 
 @pytest.mark.parametrize(
@@ -511,6 +649,98 @@ def test_lora_holds_gradients_and_optimizer_of_the_adapter_only(llama):
     assert memory.parts["optimizer"] == pytest.approx(12 * shape.trainable / GIB)
     # A tile alone: the head has no gradient.
     assert memory.parts["logits"] == pytest.approx(2 * 4096 * 32768 / GIB)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("8bit", 1), ("4bit", 0.5 + 4 / 64)])
+def test_a_quantised_base_takes_its_bits_in_scoring_and_in_training(llama, kind, size):
+    quantised = {"score": {"quantization": kind}, "train": {"peft": {"r": 16}, "num_workers": 8}}
+    sizing = plan(make_config(llama, **quantised), of_means(10, 4, 4, 4), gpus="8xH100")
+    # Embeddings, head and norms stay in bf16.
+    weights = (size * BACKBONE + 2 * (PARAMETERS - BACKBONE)) / GIB
+    assert sizing.model.quantizable == BACKBONE
+    assert sizing.replica_memory.parts["weights"] == pytest.approx(weights)
+    for stage, memory in sizing.worker_memory.items():
+        assert memory.parts["weights"] == pytest.approx(weights), stage
+    # ZeRO-3 is refused.
+    assert list(sizing.worker_memory) == ["ddp", "zero1", "zero2", "zero2_offload"]
+    assert sizing.workers_needed.keys() == sizing.worker_memory.keys()
+    assert not any("training, zero3" in name for name, _ in sizing.lines())
+
+
+def test_a_quantised_70b_model_trains_at_zero2_and_is_offered_no_stage_that_is_refused(llama_70b):
+    from refscale.training.checks import check_training
+
+    config = make_config(
+        llama_70b,
+        score={"quantization": "4bit"},
+        train={"peft": {"r": 16}, "num_workers": 8, "gradient_checkpointing": True},
+    )
+    check_training(config)
+    shape = model_shape(config)
+
+    def notes(gpus):
+        found = plan(config, of_means(10, 400, 300, 300), gpus=gpus, model=shape).notes
+        return [note for note in found if "does not fit" in note or "zero3" in note]
+
+    assert notes("8xH100") == []
+    # 2 GiB of buckets, 39.8 of weights and 8 pairs of 998 rows.
+    [note] = notes("8xL40S")
+    assert note.startswith("zero2 does not fit: ") and note.endswith(
+        "which have 44.5; a smaller micro-batch"
+    )
+
+
+@pytest.mark.parametrize(
+    ("train", "note"),
+    [
+        ({"peft": {"r": 16}}, None),
+        ({"peft": {"r": 16}, "deepspeed": "zero3"}, "4bit and train.deepspeed is ZeRO-3, which"),
+        (
+            {"peft": {"r": 16}, "deepspeed": {"zero_optimization": {"stage": 3}}},
+            "4bit and train.deepspeed is ZeRO-3, which",
+        ),
+        (
+            {"peft": {"r": 16}, "deepspeed": {"zero_optimization": 3}},
+            "train.deepspeed.zero_optimization is 3, which must be a mapping",
+        ),
+        ({}, "4bit but train.peft is not set"),
+    ],
+    ids=["lora", "preset", "config", "malformed", "full"],
+)
+def test_what_training_refuses_of_a_quantised_base_is_a_note(llama, train, note):
+    config = make_config(llama, score={"quantization": "4bit"}, train=train)
+    sizing = plan(config, of_means(10, 4, 4, 4))
+    found = [note for note in sizing.notes if note.startswith("training refuses this: ")]
+    assert len(found) == (note is not None) and all(note in text for text in found)
+
+
+@pytest.mark.parametrize(
+    ("values", "quantizable"),
+    [
+        # 12 d^2 a layer in Conv1D; the head is the embedding.
+        ({"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4}, 2 * 12 * 64**2),
+        # q and o, k and v; the experts are fused in one tensor each, as is the router.
+        (
+            {
+                "model_type": "mixtral",
+                "hidden_size": 64,
+                "intermediate_size": 96,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "num_local_experts": 4,
+            },
+            2 * (2 * 64**2 + 2 * 64 * 32),
+        ),
+    ],
+    ids=["gpt2", "mixtral"],
+)
+def test_the_weights_that_are_quantised_are_those_of_plain_linear_layers(
+    tmp_path, values, quantizable
+):
+    (tmp_path / "config.json").write_text(json.dumps({**values, "vocab_size": 256}))
+    shape = model_shape(make_config(tmp_path))
+    assert shape.quantizable == quantizable < shape.parameters
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
