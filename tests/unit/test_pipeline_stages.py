@@ -20,7 +20,8 @@ from refscale.cluster.room import require_replicas
 from refscale.cluster.runtime import ClusterInfo
 from refscale.cluster.trainer import worker_env
 from refscale.config import dump_config, parse_config
-from refscale.errors import ConfigError, CorpusError, FingerprintError
+from refscale.errors import ConfigError, CorpusError, FingerprintError, TooManyRefusedError
+from refscale.experiments.comparison import _fitting
 from refscale.lineage import require_encoding, require_reference, weights_of
 from refscale.run import Run, claim
 from refscale.scoring.reference import EncodedPairs, ReferenceModel
@@ -85,6 +86,37 @@ def test_damaged_refusals_are_read_again_and_the_corpus_stays(made):
     assert pipeline.prepare(run)["identity"] == before["identity"]
     assert run.folder("quarantine").require()["identity"] == refused["identity"]
     assert [os.stat(path).st_mtime_ns for path in shards] == written
+
+
+def test_a_finished_corpus_is_held_to_the_fraction_that_is_asked_now(made):
+    before = pipeline.prepare(made())  # of 41 rows one is refused
+    sources = made().config.corpus.model_dump()
+    for fraction in (0.01, 0):
+        with pytest.raises(TooManyRefusedError, match=r"1 of 41 rows .*max_bad_fraction is 0"):
+            pipeline.prepare(made(corpus={**sources, "max_bad_fraction": fraction}))
+    again = pipeline.prepare(made(corpus={**sources, "max_bad_fraction": 0.03}))
+    assert again["finished"] == before["finished"]
+
+
+@pytest.mark.parametrize("renamed", [False, True], ids=["unchanged", "planned"])
+def test_fragments_that_a_kill_left_beside_a_finished_corpus_go(made, monkeypatch, renamed):
+
+    def killed(*_arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "delete", killed)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.prepare(made())
+    run = made()
+    assert run.folder("corpus").manifest() and run.store.exists("corpus/fragments")
+    if renamed:  # what the config says differs, not what is read
+        corpus = run.config.corpus
+        named = [{"path": s.path, "name": f"{i}"} for i, s in enumerate(corpus.sources)]
+        run = made(corpus={**corpus.model_dump(), "sources": named})
+        assert pipeline.planning.unchanged(run.config, run.folder("corpus").manifest()) is None
+    pipeline.prepare(run)
+    assert not run.store.exists("corpus/fragments")
 
 
 def test_the_seconds_of_a_preparing_that_broke_off_count(made, monkeypatch):
@@ -249,6 +281,25 @@ def test_replicas_that_never_fit_are_refused_at_once(made, capsys, ray, lacks):
     assert f"{lacks}, and do not fit: Ray has 4 and 0; waiting for nodes" in " ".join(
         capsys.readouterr().err.split()
     )
+
+
+def test_nodes_that_came_since_the_driver_connected_are_counted(made, monkeypatch, capsys):
+    run = made(
+        train={"num_workers": 2},
+        ray={"gpus_per_replica": 0, "gpus_per_worker": 1, "cpus_per_worker": 3},
+    )
+    run._cluster = ClusterInfo(embedded=False, cpus=0, gpus=0, nodes=1, physical_cores=1)
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}])
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 32.0, "GPU": 8.0})
+    pipeline.prepare(run)
+    pipeline.score(run)
+    assert "do not fit" not in capsys.readouterr().err
+    assert _fitting(run) == 4
+    on_cpus = made(train={"num_workers": 2}, ray={"gpus_per_worker": 0, "cpus_per_worker": 3})
+    on_cpus._cluster = run._cluster
+    assert _fitting(on_cpus) == 4
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0})
+    assert _fitting(on_cpus) == 1
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -230,9 +229,8 @@ def test_the_cores_are_shared_among_the_replicas_that_have_a_shard(
         }
     )
     run = Run(Store(tmp_path), config)
-    monkeypatch.setattr(
-        Run, "cluster", SimpleNamespace(embedded=True, physical_cores=8, cpus=8, gpus=0)
-    )
+    cluster = ClusterInfo(embedded=True, cpus=8, gpus=0, nodes=1, physical_cores=8)
+    monkeypatch.setattr(Run, "cluster", cluster)
     shards = {f"shard-{i}": 1 for i in range(5)}
     folder = run.folder("scores")
     folder.begin({})
