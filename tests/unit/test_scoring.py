@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 from refscale import pipeline, schema
+from refscale.cluster.runtime import ClusterInfo
 from refscale.config_file import parse_config
 from refscale.errors import ModelError, ScoringError
 from refscale.run import Run
