@@ -58,7 +58,8 @@ def require_replicas(
 class Room:
     """Room on the cluster for `num_workers` workers of `resources` each.
 
-    As a context manager it says every minute that there is none, while that is so.
+    As a context manager it says every minute that there is none, or that others hold it, while that
+    is so.
     """
 
     def __init__(self, resources: Mapping[str, float], num_workers: int) -> None:
@@ -67,7 +68,7 @@ class Room:
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def missing(self) -> str | None:
-        """What is there and does not suffice; None where it does. What others use counts too."""
+        """What is there and does not suffice; None where it does, whoever holds it."""
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         room = sum(
             int(min(node.get(name, 0) / each for name, each in self._resources.items() if each))
@@ -75,12 +76,19 @@ class Room:
         )
         if room >= self._num_workers:
             return None
-        each = ", ".join(f"{amount:g} {name}" for name, amount in self._resources.items())
         total = ", ".join(f"{sum(node.get(n, 0) for node in nodes):g} {n}" for n in self._resources)
         return (
-            f"train.num_workers is {self._num_workers}, of {each} each, and the cluster has room"
-            f" for {room} ({total} on {len(nodes)} node(s))"
+            f"{self._workers()}, and the cluster has room for {room}"
+            f" ({total} on {len(nodes)} node(s))"
         )
+
+    def held(self) -> str:
+        """What is there and yet not to be had."""
+        return f"{self._workers()}, and other work on the cluster holds the room for them"
+
+    def _workers(self) -> str:
+        each = ", ".join(f"{amount:g} {name}" for name, amount in self._resources.items())
+        return f"train.num_workers is {self._num_workers}, of {each} each"
 
     def require(self) -> None:
         """Refuse what does not fit now.
@@ -104,13 +112,29 @@ class Room:
     def _watch(self) -> None:
         waited, said = 0.0, -_SAY_EVERY_S
         while True:
-            missing = self.missing()
-            if missing and waited - said >= _SAY_EVERY_S:
+            wanted = self._waited_for()
+            if wanted and waited - said >= _SAY_EVERY_S:
                 said = waited
-                say(f"train     waiting for nodes: {missing}")
+                say(f"train     waiting for {wanted}")
             if self._ended.wait(_LOOK_EVERY_S):
                 return
             waited += _LOOK_EVERY_S
+
+    def _waited_for(self) -> str | None:
+        if missing := self.missing():
+            return f"nodes: {missing}"
+        return f"room: {self.held()}" if _is_placing() else None
+
+
+def _is_placing() -> bool:
+    """Whether what this driver's training asked Ray for at once is not all given."""
+    job = ray.get_runtime_context().get_job_id()  # ends the id of each of its placement groups
+    groups = ray.util.placement_group_table()
+    return any(
+        group["state"] in ("PENDING", "RESCHEDULING")
+        for name, group in groups.items()
+        if name.endswith(job)
+    )
 
 
 def attempts_within(seconds: float) -> int:

@@ -67,7 +67,8 @@ def submit(
 
     Raises:
         ConfigError: The config is wrong or holds a secret, or there is no such stage.
-        RefscaleError: The cluster cannot be reached, refuses the token or the job.
+        RefscaleError: The cluster cannot be reached, refuses the token or the job; or Ctrl-C, with
+            its exit code: the job goes on.
     """
     if stage not in STAGES:
         raise ConfigError(f"no stage {stage!r}; known: {', '.join(STAGES)}")
@@ -92,12 +93,14 @@ def submit(
         return 0
     try:
         _follow(client, job)
-    except KeyboardInterrupt:
-        say(
-            f"submit    job {job} goes on without this terminal: `ray job logs -f {job}` follows"
-            f" it, `ray job stop {job}` ends it"
+    except KeyboardInterrupt as exc:
+        # Not passed on: it stands for a run that is stopped.
+        left = RefscaleError(
+            f"job {job} goes on without this terminal: `ray job logs -f {job}` follows it,"
+            f" `ray job stop {job}` ends it"
         )
-        raise
+        left.exit_code = 130
+        raise left from exc
     return _exit_code(client, job)
 
 
@@ -123,7 +126,7 @@ def entry_point(run_dir: str, stage: str, *, restart: bool = False) -> str:
 def paths_on_nodes(config: Config, run_dir: str) -> list[str]:
     """The local paths that the job reads or writes: they must exist on, or be shared by, nodes."""
     model = config.model
-    candidates = [source.path for source in config.corpus.sources]
+    candidates = [source.path or source.dataset for source in config.corpus.sources]
     candidates += [model.model_name_or_path, model.adapter, model.chat_template, run_dir]
     return [path for path in candidates if path and os.path.isabs(path)]
 
@@ -177,13 +180,19 @@ def _ray_errors() -> tuple[type[BaseException], ...]:
 
 
 def _explained(action: str, exc: BaseException) -> RefscaleError:
-    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
-    text = lines[0][:300] if lines else type(exc).__name__
+    # Ray puts a full stop after what the server answered, on a line of its own.
+    lines = [line.strip() for line in str(exc).splitlines() if line.strip(" .")]
+    answered = bool(lines) and lines[0].startswith("Request failed with status code")
+    if answered and "Traceback (most recent call last)" in lines[0]:
+        lines.reverse()  # its last line says why
+    text = lines[0][:300].rstrip(".") if lines else type(exc).__name__
     if "uthenticat" in type(exc).__name__ + text:
         return RefscaleError(
             f"cannot {action}: {text}; set RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the"
             " cluster's token"
         )
+    if answered:
+        return RefscaleError(f"cannot {action}: {text}")
     return RefscaleError(
         f"cannot {action}: {text}; is --address the dashboard's, and is it forwarded to here?"
     )

@@ -25,10 +25,18 @@ import ray
 import ray.train
 import ray.train.collective
 import ray.train.torch
-from ray.train import Checkpoint, CheckpointConfig, CheckpointUploadMode, FailureConfig
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    CheckpointUploadMode,
+    ControllerError,
+    FailureConfig,
+)
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 import refscale.errors
 from refscale.cluster.room import Room, attempts_within
+from refscale.cluster.snapshot import mend_snapshot
 from refscale.errors import RefscaleError, StorageError, TrainingError
 from refscale.storage.fingerprints import digest
 from refscale.storage.stages import StageFolder
@@ -95,6 +103,7 @@ def train_on_ray(
     room, grows = Room(resources, num_workers), wait_for_room_s > 0
     if not grows:
         room.require()
+    mend_snapshot(store, folder.file(f"checkpoints/{name}"))
     filesystem, checkpoints = store.filesystem(folder.file("checkpoints"))
     score = {"checkpoint_score_attribute": "eval_loss", "checkpoint_score_order": "min"}
     trainer = _Trainer(
@@ -133,11 +142,13 @@ def train_on_ray(
             result = trainer.fit()
     except Exception as exc:
         # A worker that said what failed is the cause, whatever room is left since.
-        if not store.exists(folder.file(_FAILED)) and (missing := room.missing()):
-            raise TrainingError(
-                f"{missing}; ray.wait_for_room_s bounds the wait; the same command resumes from the"
-                " last checkpoint"
-            ) from exc
+        if not store.exists(folder.file(_FAILED)):
+            lacking = room.missing() or (room.held() if _is_unplaced(exc) else None)
+            if lacking:
+                raise TrainingError(
+                    f"{lacking}; ray.wait_for_room_s bounds the wait; the same command resumes from"
+                    " the last checkpoint"
+                ) from exc
         raise _worker_error(store, folder, exc) from exc
     if result.error is not None or store.exists(folder.file(_FAILED)):
         raise _worker_error(store, folder, result.error) from result.error
@@ -163,6 +174,12 @@ class _Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]
 
     def _register_sigint_handler(self, controller: Any) -> None:
         """Registers none."""
+
+
+def _is_unplaced(exc: Exception) -> bool:
+    """Whether Ray Train gave up on placing the workers."""
+    failure = exc.controller_failure if isinstance(exc, ControllerError) else None
+    return isinstance(failure, WorkerGroupStartupTimeoutError)
 
 
 def _worker_error(store: Store, folder: StageFolder, exc: BaseException | None) -> RefscaleError:

@@ -109,7 +109,7 @@ class RunLock:
                 holder = self._holder()
                 if holder is not None and holder["token"] != self._token:
                     self._lost = True
-                    os.kill(os.getpid(), signal.SIGINT)
+                    _interrupt()
                     return
                 self._store.write_bytes(LOCK, self._content())
             except StorageError:
@@ -128,6 +128,16 @@ class RunLock:
         except StorageError:
             if exc is None:
                 raise
+
+
+def _interrupt() -> None:
+    """Interrupt the main thread as Ctrl-C does, whoever called: a notebook lives on.
+
+    A shell that is not interactive starts what it puts into the background with Ctrl-C ignored.
+    There it is done as `kill` does, which the command line takes for the same.
+    """
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    os.kill(os.getpid(), signal.SIGTERM if ignored else signal.SIGINT)
 
 
 def _machine() -> dict[str, str]:

@@ -1,5 +1,6 @@
 """DPO on Ray Train: killed workers and drivers cost steps but change nothing; refusals end it."""
 
+import json
 import os
 import shutil
 import signal
@@ -17,7 +18,8 @@ import ray.train.collective
 from ray.train import Checkpoint
 from test_training_zero import Trained, assert_same_policy, settings_of, trained
 
-from refscale.cluster import trainer
+from refscale.cluster import room, trainer
+from refscale.cluster.snapshot import SNAPSHOT
 from refscale.cluster.trainer import train_on_ray, work_folder
 from refscale.config import TrainConfig
 from refscale.errors import ConfigError, StorageError, TrainingError
@@ -109,6 +111,13 @@ def test_killed_workers_and_a_new_driver_end_with_the_weights_of_an_undisturbed_
             train(tmp_path, settings, max_failures=1)
     assert all(mark.exists() for mark in kills.values())
     assert not (tmp_path / "policy").exists()
+    # Of a list with one that was deleted to free space, before those that are there.
+    (snapshot,) = (tmp_path / "training" / "checkpoints").glob(f"*/{SNAPSHOT}")
+    listed = json.loads(snapshot.read_bytes())
+    gone = {**listed["checkpoint_results"][0], "checkpoint_dir_name": "checkpoint-00000001"}
+    listed["checkpoint_results"].insert(0, gone)
+    listed["checkpoint_report_indices"].insert(0, -1)
+    snapshot.write_text(json.dumps(listed))
     metrics = train(tmp_path, settings)
     assert metrics["resumed"] is True
     assert metrics["steps"] == STEPS
@@ -172,6 +181,27 @@ def test_workers_that_never_fit_are_refused_at_once(
     settings = worker_settings(trained.inputs, tmp_path)
     with pytest.raises(ConfigError, match=r"num_workers is 9, of 1 CPU each, .* room for 8"):
         train(tmp_path, settings, num_workers=9)
+
+
+def test_room_that_others_hold_is_waited_for_and_named(
+    ray_session: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "3")
+    monkeypatch.setattr(room, "_LOOK_EVERY_S", 0.2)
+    monkeypatch.setattr(room, "_SAY_EVERY_S", 2.0)
+    others = ray.util.placement_group([{"CPU": 7}])
+    try:
+        ray.get(others.ready(), timeout=60)
+        held = "train.num_workers is 2, of 1 CPU each, and other work on the cluster holds the room"
+        with pytest.raises(TrainingError, match=f"^{held}.* ray.wait_for_room_s bounds the wait"):
+            train(tmp_path, SimpleNamespace(train={"eval_steps": None}), wait_for_room_s=3)
+    finally:
+        ray.util.remove_placement_group(others)
+    # Of 6 s or more of waiting, it is said every 2 s.
+    assert " ".join(capsys.readouterr().err.split()).count(f"waiting for room: {held}") >= 2
 
 
 def test_a_store_that_fails_for_a_while_is_no_refusal(

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import threading
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from refscale import cli
 from refscale.errors import RunLockedError
 from refscale.storage import locks
 from refscale.storage.locks import LOCK, RunLock
@@ -148,6 +150,29 @@ def test_driver_whose_lock_was_taken_over_stops_and_leaves_the_lock(tmp_path):
             (tmp_path / LOCK).write_text(json.dumps(holder()))
             time.sleep(5)
     assert json.loads((tmp_path / LOCK).read_text())["token"] == "other"
+
+
+@pytest.mark.parametrize("in_background", [False, True], ids=["terminal", "background"])
+def test_driver_whose_lock_was_taken_over_stops_at_once(
+    tmp_path, monkeypatch, capsys, in_background
+):
+    def work(*_, **__):
+        with RunLock(Store(tmp_path)):
+            (tmp_path / LOCK).write_text(json.dumps(holder()))
+            time.sleep(30)
+
+    monkeypatch.setattr(cli, "_work", work)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        if in_background:  # as `sh -c "refscale run … &"` starts it
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        started = time.monotonic()
+        assert cli.main(["run", "config.yaml", "--run-dir", str(tmp_path)]) == 1
+        assert time.monotonic() - started < 20
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert "another driver has taken over" in capsys.readouterr().err
 
 
 def test_of_two_drivers_that_take_over_together_one_stops(tmp_path):
