@@ -6,6 +6,8 @@ would fail every later resume.
 """
 
 import json
+import sys
+from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -16,6 +18,17 @@ from refscale.storage.store import Store
 from refscale.training.log import plain
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
+KEPT_BY = "kept_by"  # the metric of which Ray keeps the checkpoints with the least
+
+
+def checkpoint_metrics(metrics: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """What Ray is told of a checkpoint after this step, with the last metrics that were logged.
+
+    Where none was measured on the holdout or its loss is not finite, it is the worst: Ray would
+    take one without the metric for the best.
+    """
+    known = plain(dict(metrics))
+    return {**known, "step": step, KEPT_BY: known.get("eval_loss", sys.float_info.max)}
 
 
 def mend_snapshot(store: Store, folder: str) -> None:
@@ -62,8 +75,8 @@ def _rebuilt(store: Store, folder: str, there: list[str]) -> dict[str, Any]:
     results = [_result(store, folder, name) for name in there[:-1] or there]
     indices = {result["checkpoint_dir_name"]: index for index, result in enumerate(results)}
     latest = results[-1] if results else None
-    # As Ray 2.60 orders them: the lowest loss last, and after it those without one; then by step.
-    results.sort(key=lambda result: -result["metrics"].get("eval_loss", float("-inf")))
+    # As Ray 2.60 orders them: the best last, equal ones by step.
+    results.sort(key=lambda result: -result["metrics"][KEPT_BY])
     return {
         "ray_version": ray.__version__,
         "checkpoint_results": results,
@@ -82,8 +95,8 @@ def _result(store: Store, folder: str, name: str) -> dict[str, Any]:
     """A checkpoint with what decides which ones are kept: its step, and its loss on the holdout."""
     step = int(name.rpartition("-")[2])
     logs = store.read_json(f"{folder}/{name}/trainer_state.json")["log_history"]
-    measured = [plain(log) for log in logs if log["step"] == step and "eval_loss" in log]
-    metrics = {**(measured[-1] if measured else {}), "step": step}
+    measured = [log for log in logs if log["step"] == step and "eval_loss" in log]
+    metrics = checkpoint_metrics(measured[-1] if measured else {}, step)
     return {"version": 0, "checkpoint_dir_name": name, "metrics": metrics}
 
 

@@ -36,7 +36,7 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 import refscale.errors
 from refscale.cluster.room import Room, attempts_within
-from refscale.cluster.snapshot import mend_snapshot
+from refscale.cluster.snapshot import KEPT_BY, checkpoint_metrics, mend_snapshot
 from refscale.errors import RefscaleError, StorageError, TrainingError
 from refscale.storage.fingerprints import digest
 from refscale.storage.stages import StageFolder
@@ -105,7 +105,7 @@ def train_on_ray(
         room.require()
     mend_snapshot(store, folder.file(f"checkpoints/{name}"))
     filesystem, checkpoints = store.filesystem(folder.file("checkpoints"))
-    score = {"checkpoint_score_attribute": "eval_loss", "checkpoint_score_order": "min"}
+    score = {"checkpoint_score_attribute": KEPT_BY, "checkpoint_score_order": "min"}
     trainer = _Trainer(
         _train_loop,
         train_loop_config={
@@ -258,7 +258,7 @@ def _run(config: Mapping[str, Any], context: Any) -> dict[str, Any]:
         nonlocal uploading
         step = int(saved.rpartition("-")[2])
         name = f"checkpoint-{step:08d}"
-        report: dict[str, Any] = {"metrics": {**plain(metrics), "step": step}}
+        report: dict[str, Any] = {"metrics": checkpoint_metrics(metrics, step)}
         if first_of_node:
             _await_upload(uploading)
             uploading = name

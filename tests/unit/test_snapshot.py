@@ -11,12 +11,11 @@ from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import Check
 from ray.train.v2._internal.execution.storage import StorageContext
 from ray.train.v2._internal.execution.training_report import _TrainingReport
 
-from refscale.cluster.snapshot import SNAPSHOT, mend_snapshot
+from refscale.cluster.snapshot import KEPT_BY, SNAPSHOT, checkpoint_metrics, mend_snapshot
 from refscale.storage.store import Store
-from refscale.training.log import plain
 
 FOLDER = "training/checkpoints/dpo-0123456789ab"
-SCORED = {"checkpoint_score_attribute": "eval_loss", "checkpoint_score_order": "min"}
+SCORED = {"checkpoint_score_attribute": KEPT_BY, "checkpoint_score_order": "min"}
 
 
 def manager(root, **config):
@@ -41,7 +40,7 @@ def train(root, losses, **config):
         ray_manager = manager(root, **config)
         for step in losses:
             folder = write_checkpoint(root, step, measured)
-            metrics = plain({"step": step, "eval_loss": losses[step]})
+            metrics = checkpoint_metrics({"eval_loss": losses[step]}, step)
             ray_manager.register_checkpoint(
                 _TrainingReport(Checkpoint(str(folder)), metrics, validation=False)
             )
@@ -106,7 +105,7 @@ def test_a_checkpoint_that_is_gone_is_dropped(tmp_path, capsys, config, deleted,
         # The newest may be half uploaded.
         ({}, dict.fromkeys((2, 4, 6)), ([2, 4], [4])),
         (SCORED, {2: 0.3, 4: 0.5, 6: 0.4, 8: 0.1}, ([4, 6, 2], [6])),
-        (SCORED, {2: 0.3, 4: None, 6: float("nan"), 8: 0.1}, ([2, 4, 6], [6])),
+        (SCORED, {2: 0.3, 4: None, 6: float("nan"), 8: 0.1}, ([4, 6, 2], [6])),
         ({}, {2: None}, ([2], [2])),
     ],
     ids=["by step", "by loss", "not all measured", "only one"],
@@ -128,6 +127,13 @@ def test_a_torn_list_is_made_anew_of_the_checkpoints_that_are_there(
     assert known(mended) == left
     said = " ".join(capsys.readouterr().err.split())
     assert SNAPSHOT in said and f"goes on from checkpoint-{left[1][0]:08d}" in said
+
+
+def test_a_checkpoint_that_was_not_measured_or_diverged_is_kept_for_no_measured_one(tmp_path):
+    losses = {2: None, 4: float("nan"), 6: 0.6, 8: 0.5, 10: 0.55, 12: 0.7}
+    train(tmp_path, losses, num_to_keep=2, **SCORED)
+    kept, latest = known(manager(tmp_path, num_to_keep=2, **SCORED))
+    assert latest == [12] and {8, 12} <= set(kept) <= {8, 10, 12}
 
 
 def test_a_true_list_and_none_are_left_as_they_are(tmp_path, capsys):
