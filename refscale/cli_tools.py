@@ -185,8 +185,9 @@ def compare(
         list[str] | None,
         typer.Option(
             "--arm",
-            help="full, random:0.5 or STRATEGY:KEEP:FRACTION[:matched]; again for more."
-            " Default: all",
+            help="full, random:0.5 or STRATEGY:KEEP:FRACTION[:matched]; again for more. Lengths are"
+            " matched where it says so, whatever select.match_lengths is. Default: all, matched"
+            " where select.match_lengths is true.",
         ),
     ] = None,
     seeds: Annotated[

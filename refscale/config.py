@@ -157,7 +157,7 @@ class CorpusConfig(Section):
         gt=0,
         description="Pairs per shard, about: the unit of work, retry and resume.",
     )
-    seed: int = Field(0, description="Seed of the holdout split and of source weights.")
+    seed: int = Field(0, ge=0, description="Seed of the holdout split and of source weights.")
 
 
 class EncodingConfig(Section):
@@ -240,7 +240,7 @@ class SelectConfig(Section):
         " about as those of all.",
     )
     beta: float = Field(0.1, gt=0, description="DPO's beta, for required_loss.")
-    seed: int = Field(0, description="Seed of the strategy random.")
+    seed: int = Field(0, ge=0, description="Seed of the strategy random.")
 
     def deciding_options(self) -> dict[str, Any]:
         """What a selection's fingerprint holds of this section.
@@ -328,7 +328,7 @@ class TrainConfig(Section):
         description="LoraConfig fields, e.g. {r: 16}. Dropout, random PiSSA and adapters on tied"
         " embeddings are refused: the policy would not be the one that was trained.",
     )
-    seed: int = Field(42, description="Of the shuffling.")
+    seed: int = Field(42, ge=0, description="Of the shuffling.")
     logging_steps: int = Field(1, gt=0, description="Optimizer steps between log rows.")
     save_steps: int = Field(100, gt=0, description="Optimizer steps between checkpoints.")
     save_total_limit: int = Field(

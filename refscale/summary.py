@@ -241,7 +241,7 @@ def evaluation_lines(facts: Mapping[str, Any]) -> Lines:
         ):
             before, after = metrics[name]["before"], metrics[name]["after"]
             lines.append((label, f"{_estimate(before)} before, {_estimate(after)} after"))
-        longer = metrics["longer_side"]
+        longer = metrics.get("longer_side")  # an earlier refscale stored none
         if longer and abs(longer["preferred"] - longer["chosen"]) > _LARGE_LENGTH_PREFERENCE:
             lines.append(
                 (

@@ -5,7 +5,8 @@ and scores per category, overall, and for the technical categories. Nothing is d
 reply without a readable verdict and a request that failed stay in the rows and are counted beside
 every score that lacks them.
 
-Intervals resample questions, whose two turns belong together.
+Intervals resample questions, whose two turns belong together; that of a win rate of which no
+resample differs, as where all is won, is Wilson's, for as many trials as there are questions.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from refscale.errors import ConfigError, EvaluationError
+from refscale.evaluation.holdout import wilson
 from refscale.evaluation.judge import (
     Judge,
     Judgement,
@@ -307,9 +309,12 @@ def _score(
         resampled = sums[picks].sum(axis=1)
         means = resampled[:, 0] / resampled[:, 1]
         low, high = np.quantile(means, [0.025, 0.975])
-        result.update(
-            {name: float(sums[:, 0].sum() / read), "low": float(low), "high": float(high)}
-        )
+        value = float(sums[:, 0].sum() / read)
+        if name == "win_rate" and low == high:
+            # No resample differs, and an interval would claim certainty.
+            share = wilson(value * len(sums), len(sums))
+            low, high = share["low"], share["high"]
+        result.update({name: value, "low": float(low), "high": float(high)})
     result.update(unparsable=len(rows) - read - failed, failed=failed)
     if rows and "verdict" in rows[0]:
         for verdict, plural in (("win", "wins"), ("tie", "ties"), ("loss", "losses")):

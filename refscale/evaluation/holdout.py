@@ -346,7 +346,7 @@ def _means(values: dict[str, np.ndarray], prompts: np.ndarray, seed: int) -> dic
 
     Percentile bootstrap of prompts (Efron and Tibshirani, 1993, chapter 13) up to
     `_BOOTSTRAP_PROMPTS` of them, all from the same resamples, so that differences are paired. Above
-    it the normal interval of a ratio of sums over clusters (Cochran, 1977, section 9A.2): the
+    it the normal interval of a ratio of sums over clusters (Cochran, 1977, chapter 9A): the
     mean is the outcomes' sum over the number of pairs, which both vary with the prompts.
     """
     columns = np.stack(list(values.values()), axis=1)
@@ -371,8 +371,11 @@ def _means(values: dict[str, np.ndarray], prompts: np.ndarray, seed: int) -> dic
     }
 
 
-def wilson(successes: int, n: int) -> Estimate:
-    """A proportion with Wilson's 95 % score interval, which stays within [0, 1]."""
+def wilson(successes: float, n: int) -> Estimate:
+    """A proportion with Wilson's 95 % score interval, which stays within [0, 1].
+
+    A tie is half a success; the interval is then rather too wide.
+    """
     p, z2 = successes / n, _Z95**2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = _Z95 * np.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refscale.config import Config, ModelConfig
+from refscale.errors import ConfigError
 from refscale.evaluation.generation import (
     GENERATION_VERSION,
     Generator,
@@ -249,9 +250,9 @@ def run_mtbench(
         and the judge's `usage`.
 
     Raises:
-        ConfigError: The config or the folder's URI holds a secret, a file cannot be read, a judge
-            prompt is missing or asks for something that we do not have, or the judge's key is not
-            set.
+        ConfigError: A number is not positive, the config or the folder's URI holds a secret, a file
+            cannot be read, not one reference is of a question, a judge prompt is missing or asks
+            for something that we do not have, or the judge's key is not set.
         FingerprintError: The config's model, tokenizer or chat template is not the run's, or the
             policy is of another selection than the one that is there.
         StorageError: The policy is not finished.
@@ -260,6 +261,9 @@ def run_mtbench(
     from refscale.cluster.runtime import disconnect
     from refscale.run import Run
 
+    for option, number in (("--max-new-tokens", max_new_tokens), ("--batch-size", batch_size)):
+        if number < 1:
+            raise ConfigError(f"{option} must be a positive integer, got {number}")
     refuse_secrets(config, run_dir)
     store = Store(run_dir)
     asked = load_questions(questions, references)

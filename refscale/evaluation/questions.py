@@ -59,7 +59,8 @@ def load_questions(path: str | None = None, references: str | None = None) -> li
             of the questions.
 
     Raises:
-        ConfigError: A file cannot be read, or a line is not as it should be; names the line.
+        ConfigError: A file cannot be read, a line is not as it should be (names it), or not one
+            reference is of a question.
     """
     answers = {} if references is None else _load_references(references)
     questions = []
@@ -86,6 +87,12 @@ def load_questions(path: str | None = None, references: str | None = None) -> li
             f"{path} holds no question"
             if not questions
             else f"{path} holds question_id {repeated[0]} twice"
+        )
+    if references is not None and answers.keys().isdisjoint(ids):
+        theirs = ", ".join(map(repr, list(answers)[:3])) or "none"
+        raise ConfigError(
+            f"{references} answers not one of the {len(ids)} questions: their question_id are such"
+            f" as {ids[0]!r}, it has {theirs}; name the reference answers of these questions"
         )
     return questions
 

@@ -26,7 +26,7 @@ class Arm:
         strategy: Of the selection; "mean_margin" for full, whose order does not matter.
         keep: largest, smallest or middle.
         fraction: Share of the training pairs.
-        match_lengths: Whether lengths are matched, whatever the run's config says.
+        match_lengths: Whether lengths are matched, whatever the shared run's config says.
     """
 
     text: str
@@ -83,11 +83,17 @@ def grid(
     strategies: Sequence[str] = ("mean_margin", "margin", "length_adjusted_margin"),
     keeps: Sequence[str] = ("largest", "smallest"),
     fractions: Sequence[float] = (0.5, 0.3),
+    *,
+    match_lengths: bool = False,
 ) -> list[str]:
-    """Every combination, with the controls: the full corpus, and random pairs of each size."""
+    """Every combination, with the controls: the full corpus, and random pairs of each size.
+
+    With `match_lengths` every selection is `:matched`; the controls need none.
+    """
     sizes = [f"{fraction:g}" for fraction in fractions]
     controls = [FULL, *(f"{RANDOM}:{size}" for size in sizes)]
-    return controls + [":".join(parts) for parts in product(strategies, keeps, sizes)]
+    matched = [_MATCHED] if match_lengths else []
+    return controls + [":".join([*parts, *matched]) for parts in product(strategies, keeps, sizes)]
 
 
 def arm_config(config: Config, arm: Arm, seed: int) -> Config:
@@ -98,7 +104,7 @@ def arm_config(config: Config, arm: Arm, seed: int) -> Config:
             "keep": arm.keep,
             "fraction": arm.fraction,
             "per_source": config.select.per_source,
-            "match_lengths": arm.match_lengths or config.select.match_lengths,
+            "match_lengths": arm.match_lengths,
             "beta": config.select.beta,
             "seed": seed if arm.strategy == RANDOM else 0,
         }

@@ -8,7 +8,7 @@ same held-out pairs.
 
     full                         every pair
     random:0.5                   a random half, drawn anew with each seed: the control
-    mean_margin:largest:0.5      a selection as the config's `select` section makes it
+    mean_margin:largest:0.5      a selection; with :matched behind it, of matched lengths
 
 Costs: a training and an evaluation for each arm and seed; scoring happens once. A finished arm is
 skipped, a begun one resumed. Pairs that not every policy could score are left out, and counted.
@@ -88,10 +88,11 @@ def compare(
     """Train and evaluate every arm with every seed, and write the comparison.
 
     Args:
-        config: Of the run that the arms share; its `select` gives per_source, match_lengths and
-            beta.
+        config: Of the run that the arms share; its `select` gives per_source and beta, and its
+            match_lengths says whether the arms of the default grid are matched.
         run_dir: The run folder; prepared and scored first, if it is not yet.
-        arms: As `parse_arm` reads them; None for `grid()`.
+        arms: As `parse_arm` reads them; each is what it says, whatever the config's match_lengths.
+            None for `grid()`.
         seeds: Each arm is trained once with each: shuffling, and the draw of the random arms.
         parallel: Arms trained side by side; None for as many as the cluster fits.
         keep_policies: Keep the policy and checkpoints of the arms that this command finishes. Those
@@ -105,14 +106,17 @@ def compare(
         What is written to comparison.json.
 
     Raises:
-        ConfigError: An arm cannot be read, there is no seed, something is given twice,
-            evaluate.flipped_column does not say which labels are wrong, or the config or the
-            folder's URI holds a secret.
+        ConfigError: An arm cannot be read, there is no seed, something is given twice, parallel or
+            a seed is out of its range, evaluate.flipped_column does not say which labels are wrong,
+            or the config or the folder's URI holds a secret.
         FingerprintError: An arm was made, or its completions were, with other settings; names the
             field.
         EvaluationError: There is no held-out pair, or an arm lacks too many of them.
     """
-    parsed = _checked([parse_arm(text) for text in (arms or grid())], seeds)
+    asked = arms or grid(match_lengths=config.select.match_lengths)
+    parsed = _checked([parse_arm(text) for text in asked], seeds)
+    if parallel is not None and parallel < 1:
+        raise ConfigError(f"--parallel must be a positive integer, got {parallel}")
     check_training(config)
     from refscale import pipeline
     from refscale.cluster.runtime import disconnect
@@ -202,6 +206,8 @@ def _checked(arms: Sequence[Arm], seeds: Sequence[int]) -> list[Arm]:
             raise ConfigError(f"the {what} {twice[0]} is given twice; once is enough")
     if not seeds:
         raise ConfigError("a comparison needs at least one seed; three or more show the spread")
+    if min(seeds) < 0:  # numpy would refuse it, after the scoring
+        raise ConfigError(f"a seed must be at least 0, got {min(seeds)}")
     return list(arms)
 
 
@@ -226,7 +232,7 @@ def _side_by_side(
 
 def _fitting(run: "Run") -> int:
     """Trainings that the cluster fits side by side."""
-    cluster, ray, train = run.cluster, run.config.ray, run.config.train
+    cluster, ray, train = run.cluster.now(), run.config.ray, run.config.train
     gpus = run.gpus(ray.gpus_per_worker) * train.num_workers
     if gpus:
         return max(1, int(cluster.gpus // gpus))

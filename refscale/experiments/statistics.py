@@ -15,9 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from refscale.evaluation.holdout import Estimate, sum_by_prompt, wilson
+from refscale.evaluation.holdout import sum_by_prompt, wilson
+
+Estimate = Mapping[str, float | None]
 
 RESAMPLES = 2000
+# Resamples of O(1) values that lie closer together differ by rounding alone.
+_ROUNDING = 1e-12
 # Of the seeds' part for each resample: the tails of Student's t are far out and rarely met.
 _DRAWS = 50
 # Counts of resampled prompts held at once: 32 MB.
@@ -46,8 +50,9 @@ def summarise(
         "against_random", "against_full"}`; the last two are estimates of this arm minus the other,
         or None where the other was not run. Intervals are percentile intervals of 95 %; those of
         one seed say nothing of another training. An interval of values that all lie in [0, 1] is
-        cut there; where all of an arm are 0, or all 1, it is Wilson's, for as many as there are
-        prompts.
+        cut there. Where no resample differs, as of one pair or of pairs that are all won, an
+        interval would claim certainty: of such values it is Wilson's, for as many as there are
+        prompts; of others, and of differences, low and high are None.
     """
     result: dict[str, dict[str, Any]] = {}
     for measure, arms in values.items():
@@ -68,8 +73,8 @@ def _mean(matrix: np.ndarray, resampled: np.ndarray, num_prompts: int) -> Estima
     value = float(matrix.mean())
     if matrix.min() < 0 or matrix.max() > 1:
         return _estimate(value, resampled)
-    if value in (0, 1):  # no resample differs, and an interval would claim certainty
-        return wilson(int(value) * num_prompts, num_prompts)
+    if np.ptp(resampled) < _ROUNDING:
+        return wilson(value * num_prompts, num_prompts)
     return _estimate(value, np.clip(resampled, 0, 1))
 
 
@@ -120,5 +125,7 @@ def _resample(
 
 
 def _estimate(value: float, resampled: np.ndarray) -> Estimate:
+    if np.ptp(resampled) < _ROUNDING:
+        return {"value": value, "low": None, "high": None}
     low, high = np.quantile(resampled, [0.025, 0.975])
     return {"value": value, "low": float(low), "high": float(high)}

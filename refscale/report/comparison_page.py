@@ -66,7 +66,9 @@ def verdicts(comparison: Mapping[str, Any]) -> list[str]:
             difference = measures[_HEADLINE][other]
             if difference is None or comparison["controls"].get(arm) is None:
                 continue
-            if difference["low"] > 0:
+            if difference["low"] is None:
+                outcome = "not told apart from"
+            elif difference["low"] > 0:
                 outcome = "better than"
             elif difference["high"] < 0:
                 outcome = "worse than"
@@ -110,7 +112,8 @@ def _plot(comparison: Mapping[str, Any], measure: str) -> Markup:
         control = comparison["controls"].get(arm)
         beside = control if control in comparison["arms"] else arm
         rows.append((arm, comparison["arms"][beside][measure]["value"], measures[measure]))
-    ends = [end for _, before, at in rows for end in (before, at["low"], at["high"])]
+    values = [(before, at["value"], at["low"], at["high"]) for _, before, at in rows]
+    ends = [end for row in values for end in row if end is not None]
     room = 0.05 * (max(ends) - min(ends)) or 0.05
     return intervals(rows, TITLES[measure], (min(ends) - room, max(ends) + room))
 
@@ -149,8 +152,10 @@ def _number(value: float, spec: str) -> str:
     return format(value, spec) if value == value else "–"
 
 
-def _estimate(estimate: Mapping[str, float] | None, *, signed: bool) -> str:
+def _estimate(estimate: Mapping[str, float | None] | None, *, signed: bool) -> str:
     if estimate is None:
         return "–"
     form = "+.3f" if signed else ".3f"
+    if estimate["low"] is None:
+        return f"{estimate['value']:{form}} (no interval)"
     return f"{estimate['value']:{form}} [{estimate['low']:{form}}, {estimate['high']:{form}}]"

@@ -116,12 +116,13 @@ def curve(
 
 
 def intervals(
-    rows: Sequence[tuple[str, float, Mapping[str, float]]], axis: str, bounds: tuple[float, float]
+    rows: Sequence[tuple[str, float, Mapping[str, Any]]], axis: str, bounds: tuple[float, float]
 ) -> Markup:
     """Values with a 95 % interval, each beside a value to compare it with.
 
     Args:
-        rows: (name, other value, estimate). Names have more than twice the room of bars.
+        rows: (name, other value, estimate); an estimate's low and high are None where it has no
+            interval. Names have more than twice the room of bars.
         axis: Name of the quantity.
         bounds: Ends of the axis.
     """
@@ -133,7 +134,8 @@ def intervals(
     for i, (name, (_, before, after)) in enumerate(zip(names, rows, strict=True)):
         y = 24 * i + 18
         parts.append(_text(left - 10, y + 4, name, "end"))
-        parts.append(_line(frame.x(after["low"]), y, frame.x(after["high"]), y, "l"))
+        if after["low"] is not None:
+            parts.append(_line(frame.x(after["low"]), y, frame.x(after["high"]), y, "l"))
         for value, style in ((before, "o"), (after["value"], "d")):
             parts.append(
                 Markup('<circle class="{}" cx="{:.1f}" cy="{}" r="5"/>').format(

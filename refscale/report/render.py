@@ -145,35 +145,39 @@ def estimate(value: Any, digits: int = 3) -> Markup:
 
 
 _DECODER = json.JSONDecoder()
+# A stored message has its keys sorted: what was cut off its text took the role along.
 _CUT_MESSAGE = re.compile(
-    r'\{"role": "(\w{1,20})", "content": "(.*?)(?:\\u?[0-9a-f]{0,3})?…?$', re.S
+    r'\{"content":"((?:[^"\\]|\\(?:u[0-9a-f]{4}|[^u]))*)(?:".*?"role":"(\w{1,20})")?', re.S
 )
 
 
 def turns(text: str) -> list[tuple[str | None, str]]:
     """A prompt or completion as (role, text): its messages if it is a chat, also one cut short.
 
-    [("user", "Hi")] of '[{"role": "user", "content": "Hi"}]', [(None, "Hi")] of 'Hi'.
+    [("user", "Hi")] of '[{"content":"Hi","role":"user"}]', [(None, "Hi")] of 'Hi', and
+    [("user", "Hi"), (None, "Hel…")] of '[{"content":"Hi","role":"user"},{"content":"Hel…'.
     """
     found: list[tuple[str | None, str]] = []
-    position = 1
-    while text.startswith("[{") and text[position : position + 1] == "{":
+    rest = text[1:] if text.startswith("[{") else ""
+    while rest.startswith("{"):
         try:
-            message, position = _DECODER.raw_decode(text, position)
+            message, end = _DECODER.raw_decode(rest)
         except ValueError:
-            cut = _CUT_MESSAGE.match(text[position:])
-            if cut is None:
+            if not rest.endswith("…"):
                 break
-            return [*found, (cut[1], _unescape(cut[2]) + "…")]
+            if cut := _CUT_MESSAGE.match(rest.removesuffix("…")):
+                return [*found, (cut[2], _unescape(cut[1]) + "…")]
+            return [*found, (None, rest)] if found else [(None, text)]
         if not isinstance(message.get("role"), str) or "content" not in message:
             break
         content = message["content"]
         said = content if isinstance(content, str) else json.dumps(content)
         found.append((_valid(message["role"]), _valid(said)))
-        if text[position:] in ("]", "", "…", "]…"):
+        rest = rest[end:].removeprefix(",")
+        if rest == "]":
             return found
-        while text[position : position + 1] in (",", " "):
-            position += 1
+        if rest == "…":
+            return [*found, (None, rest)]
     return [(None, text)]
 
 

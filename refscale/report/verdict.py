@@ -72,8 +72,10 @@ def _size(share: float | None) -> str:
 
 def _percent(share: float) -> str:
     """Whole percents, but never 0 % or 100 % of something in between."""
-    digits = 0 if 0.005 <= share < 0.995 or share in (0, 1) else 1
-    return f"{100 * share:.{digits}f} %"
+    digits = 0
+    while float(shown := f"{100 * share:.{digits}f}") in (0, 100) and share not in (0, 1):
+        digits += 1
+    return f"{shown} %"
 
 
 def _steps(training: Values) -> str:

@@ -86,6 +86,32 @@ def test_plan_refuses_a_number_of_pairs_that_is_not_positive(config, capsys):
     assert "--pairs must be a positive integer, got -5" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        ("compare", "--parallel", "-1"),
+        ("compare", "--parallel", "0"),
+        ("mtbench", "--batch-size", "0"),
+        ("mtbench", "--batch-size", "-1"),
+        ("mtbench", "--max-new-tokens", "0"),
+    ],
+)
+def test_a_number_that_must_be_positive_is_refused_at_once(config, capsys, command, option, value):
+    run_dir = config.parent / "run"
+    judge = ["--judge-url", "http://127.0.0.1:9/v1", "--judge-model", "none"]
+    arguments = [command, str(config), "--run-dir", str(run_dir), option, value]
+    assert main(arguments + judge * (command == "mtbench")) == 2
+    said = f"refscale: {option} must be a positive integer, got {value}\n"
+    assert capsys.readouterr().err == said
+    assert not run_dir.exists()
+
+
+def test_the_help_of_arm_says_when_lengths_are_matched(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    assert main(["compare", "--help"]) == 0
+    assert "matched where it says so, whatever select.match_lengths is" in capsys.readouterr().out
+
+
 def test_validate_prints_every_refusal_with_file_row_and_line(config, capsys):
     with (config.parent / "pairs.jsonl").open("ab") as file:
         file.write(b'{"prompt": "p", "chosen": "a", "rejected": "a"}\nnot json\n')

@@ -47,6 +47,19 @@ def test_the_grid_has_each_combination_and_a_control_of_each_size():
     assert controls == {"random:0.5", "random:0.3"}
 
 
+@pytest.mark.parametrize("match_lengths", [False, True])
+def test_a_grid_of_matched_lengths_says_so_in_each_selections_name_and_in_no_controls(
+    match_lengths,
+):
+    arms = grid(fractions=[0.5, 0.3], match_lengths=match_lengths)
+    parsed = [parse_arm(arm) for arm in arms]
+    assert [arm.text for arm in parsed] == arms
+    assert len(arms) == len(set(arms)) == 3 + 3 * 2 * 2
+    assert {arm.match_lengths for arm in parsed if arm.control is None} == {False}
+    assert {arm.match_lengths for arm in parsed if arm.control} == {match_lengths}
+    assert all(arm.text.endswith(":matched") == arm.match_lengths for arm in parsed)
+
+
 def test_an_arm_is_read_into_a_selection():
     assert parse_arm("mean_margin:smallest:0.50") == Arm(
         "mean_margin:smallest:0.5", "mean_margin", "smallest", 0.5
@@ -88,11 +101,15 @@ def test_an_arms_config_differs_in_selection_and_seed_alone():
     assert arm.train.seed == 5 and arm.select.seed == 0
     assert arm.model_copy(update={"select": config.select, "train": config.train}) == config
     assert arm_config(config, parse_arm("random:0.3"), seed=5).select.seed == 5
-    assert not arm.select.match_lengths
-    matched = config.model_copy(
-        update={"select": config.select.model_copy(update={"match_lengths": True})}
+
+
+@pytest.mark.parametrize("match_lengths", [False, True])
+def test_an_arm_is_what_its_label_says_whatever_the_config(match_lengths):
+    config = parse_config(
+        {**CONFIG, "select": {"strategy": "margin", "match_lengths": match_lengths}}
     )
-    assert arm_config(matched, parse_arm("margin:largest:0.3"), 0).select.match_lengths
+    for text in ("margin:largest:0.3", "random:0.3", "full"):
+        assert not arm_config(config, parse_arm(text), 0).select.match_lengths
     assert arm_config(config, parse_arm("margin:largest:0.3:matched"), 0).select.match_lengths
 
 
@@ -104,6 +121,20 @@ def test_nothing_may_be_given_twice_and_a_seed_is_needed(tmp_path):
         compare(config, str(tmp_path), ["full"], seeds=[1, 1])
     with pytest.raises(ConfigError, match="at least one seed"):
         compare(config, str(tmp_path), ["full"], seeds=[])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"parallel": 0}, "--parallel must be a positive integer, got 0"),
+        ({"parallel": -1}, "--parallel must be a positive integer, got -1"),
+        ({"seeds": [0, -3]}, "a seed must be at least 0, got -3"),
+    ],
+)
+def test_a_number_out_of_its_range_is_refused_before_anything_is_done(tmp_path, options, said):
+    with pytest.raises(ConfigError, match=f"^{re.escape(said)}$"):
+        compare(parse_config(CONFIG), str(tmp_path / "run"), ["full"], **options)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture
@@ -133,6 +164,25 @@ def test_restart_deletes_the_arms_asked_for_and_the_references_completions_alone
         compare(parse_config(CONFIG), str(tmp_path), ["full"], **options)
     left = [folder for folder in asked + others if store.exists(f"{folder}/kept")]
     assert left == (others if restart else asked + others)
+
+
+@pytest.mark.usefixtures("ends_before_training")
+@pytest.mark.parametrize("match_lengths", [False, True])
+def test_without_arms_the_grid_is_matched_where_the_config_matches(
+    tmp_path, monkeypatch, match_lengths
+):
+    begun = []
+
+    def side_by_side(_work, jobs, _at_once):
+        begun.extend(arm.text for arm, _ in jobs)
+        raise EvaluationError("far enough")
+
+    monkeypatch.setattr(comparison_module, "_side_by_side", side_by_side)
+    config = parse_config({**CONFIG, "select": {"match_lengths": match_lengths}})
+    with pytest.raises(EvaluationError, match="far enough"):
+        compare(config, str(tmp_path), seeds=[0], parallel=1)
+    assert begun == grid(match_lengths=match_lengths)
+    assert ("mean_margin:largest:0.5:matched" in begun) is match_lengths
 
 
 @pytest.mark.usefixtures("ends_before_training")
@@ -339,6 +389,24 @@ def test_arms_of_an_earlier_refscale_that_stored_more_options_stay_valid(trained
     assert compared("full") == []
 
 
+def test_an_arm_that_an_earlier_refscale_matched_unsaid_is_not_taken_for_one_that_is_not(
+    trained_arms, monkeypatch
+):
+    compared, _ = trained_arms
+    arm, matched = "margin:largest:0.5", "margin:largest:0.5:matched"
+    with monkeypatch.context() as earlier:
+        earlier.setattr(
+            comparison_module,
+            "arm_config",
+            lambda config, _arm, seed: arm_config(config, parse_arm(matched), seed),
+        )
+        assert compared(arm) == ["margin-largest-0.5/seed-0"]
+    with pytest.raises(FingerprintError, match=r"select\.match_lengths = True, .*--restart"):
+        compared(arm)
+    assert compared(matched) == ["margin-largest-0.5-matched/seed-0"]
+    assert compared(arm, restart=True) == ["margin-largest-0.5/seed-0"]
+
+
 def test_what_a_killed_command_left_to_delete_is_deleted_by_the_next(trained_arms, monkeypatch):
     compared, store = trained_arms
 
@@ -480,7 +548,8 @@ def test_a_paired_difference_is_sharper_than_its_parts():
     # Pairs differ much from each other, the two arms hardly: the same pairs are hard for both.
     rng = np.random.default_rng(0)
     hard = rng.normal(0, 10, size=400)
-    arms = {"full": np.tile(hard, (3, 1)), "top": np.tile(hard + 0.1, (3, 1))}
+    gained = hard + 0.1 + rng.normal(0, 1e-7, size=400)
+    arms = {"full": np.tile(hard, (3, 1)), "top": np.tile(gained, (3, 1))}
     top = summary(arms)["top"]
     difference = top["against_full"]
     assert difference["value"] == pytest.approx(0.1)
@@ -510,6 +579,45 @@ def test_an_interval_of_shares_stays_within_them_and_claims_no_certainty():
     # Wilson, of 100 of 100: 1 / (1 + 1.96^2 / 100).
     assert found["all"]["high"] == 1.0 and found["all"]["low"] == pytest.approx(0.963, abs=5e-4)
     assert summary({"top": arms["top"] * 20})["top"]["high"] > 20
+
+
+@pytest.mark.parametrize(
+    ("mine", "others", "num_seeds"),
+    [
+        ([0.0], [1.0], 1),  # one held-out pair
+        ([1.0] * 30, [0.0] * 30, 3),
+        ([0.0, 1.0] * 15, [0.0, 1.0] * 15, 1),
+        ([1.0, 0.5, 0.5] * 7, [0.5, 0.0, 0.0] * 7, 3),  # each resample differs by rounding
+    ],
+    ids=["one pair", "all won", "the same", "by a half"],
+)
+def test_a_difference_of_which_no_resample_differs_has_no_interval_and_no_verdict(
+    mine, others, num_seeds
+):
+    arms = {"random:0.5": np.tile(others, (num_seeds, 1)), "top": np.tile(mine, (num_seeds, 1))}
+    values = {measure: arms for measure in MEASURES}
+    found = summarise(values, {"top": "random:0.5"}, np.arange(len(mine)), full=FULL)
+    value = mine[0] - others[0]
+    difference = found["top"]["reward_accuracy"]["against_random"]
+    assert difference == {"value": pytest.approx(value), "low": None, "high": None}
+    shown = {**comparison(), "arms": found, "controls": {"top": "random:0.5"}}
+    shown["runs"] = dict.fromkeys(found, shown["runs"]["full"])
+    said = f"top is not told apart from random pairs of equal size: {value:+.3f} (no interval)"
+    assert verdicts(shown) == lines(shown)[-1:] == [said]
+    assert said in render_html(shown)
+
+
+def test_the_mean_of_one_pair_claims_no_certainty():
+    arms = {"full": np.array([[-3.5]]), "tied": np.array([[0.5]]), "won": np.array([[1.0]])}
+    found = summary(arms)
+    assert [found["full"][end] for end in ("value", "low", "high")] == [-3.5, None, None]
+    # Wilson's, of one trial: (1.92 +- 1.96 sqrt(1.21)) / 4.84 + 0.5 / 4.84, and 1 / (1 + 3.84).
+    ends = [0.5 - 0.445, 0.5 + 0.445]
+    assert [found["tied"][end] for end in ("low", "high")] == pytest.approx(ends, abs=5e-4)
+    assert found["won"]["low"] == pytest.approx(0.2065, abs=1e-4) and found["won"]["high"] == 1
+    at = {"value": -3.5, "low": None, "high": None}
+    drawn = plots.intervals([("full", -3.5, at)], "nats", (-4, -3))
+    assert drawn.count("<circle") == 2 and 'class="l"' not in drawn
 
 
 def test_an_interval_depends_neither_on_the_other_arms_nor_much_on_the_draw():

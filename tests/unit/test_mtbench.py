@@ -86,6 +86,28 @@ def test_files_in_fastchats_format_are_read_and_references_replace(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("answered", "said"),
+    [
+        (["81", "82"], "their question_id are such as 81, it has '81', '82'; name"),
+        ([], "their question_id are such as 81, it has none; name"),
+        ([9, 82], None),
+    ],
+    ids=["of another type", "none", "some"],
+)
+def test_references_of_other_questions_are_refused_and_of_some_taken(tmp_path, answered, said):
+    rows = [{"question_id": i, "category": "math", "turns": ["a", "b"]} for i in (81, 82)]
+    path = write_jsonl(tmp_path / "q.jsonl", rows)
+    rows = [{"question_id": i, "choices": [{"turns": ["c", "d"]}]} for i in answered]
+    given = write_jsonl(tmp_path / "r.jsonl", rows)
+    if said is None:
+        found = [question.reference for question in load_questions(str(path), str(given))]
+        assert found == [None, ("c", "d")]
+        return
+    with pytest.raises(ConfigError, match=r"r\.jsonl answers not one of the 2 .*" + said):
+        load_questions(str(path), str(given))
+
+
+@pytest.mark.parametrize(
     ("line", "said"),
     [
         ('{"question_id": 1, "category": "math"}', "q.jsonl:1 is no question"),
@@ -236,6 +258,38 @@ def test_wins_need_both_orders_and_ours_may_stand_on_either_side(tmp_path):
     assert overall["unparsable"] == 2 and overall["win_rate"] == pytest.approx(4 / 6)
     assert scores["categories"]["math"]["win_rate"] == 0
     assert grading.rows[-1]["judgment"] == grading.rows[-1]["judgment_swapped"] == "both are lovely"
+
+
+def won(verdict, others, folder):
+    """Win rate and interval of as many questions as `others`, all but them with one verdict."""
+    questions = [Question(i, "writing", (f"q{i}.", f"r{i}.")) for i in range(4)]
+    ours = [answer(q, f"good {q.question_id}", "good") for q in questions]
+    theirs = [answer(q, "poor", "poor") for q in questions]
+
+    def script(number, request):
+        text = request["messages"][1]["content"]
+        first = "A" if text.rindex("good") < text.rindex("poor") else "B"
+        second = "B" if first == "A" else "A"
+        mine = others if "q0." in text else verdict
+        return f"[[{ ({'win': first, 'loss': second}.get(mine, 'C')) }]]"
+
+    with JudgeServer(script) as server:
+        graded = compare(judge(server, folder), questions, ours, theirs, load_judge_prompts())
+    return [graded.scores["overall"][name] for name in ("win_rate", "low", "high")]
+
+
+@pytest.mark.parametrize(
+    ("verdict", "others", "expected"),
+    [
+        # Wilson's, of 4 trials: 4 / (4 + 3.84), and 0.5 +- 1.96 sqrt(0.0625 + 0.06) / 1.96.
+        ("win", "win", [1.0, 0.5101, 1.0]),
+        ("loss", "loss", [0.0, 0.0, 0.4899]),
+        ("tie", "tie", [0.5, 0.15, 0.85]),
+        ("win", "loss", [0.75, 0.25, 1.0]),  # resampled
+    ],
+)
+def test_a_win_rate_claims_no_certainty(tmp_path, verdict, others, expected):
+    assert won(verdict, others, tmp_path) == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_question_without_an_answer_is_an_error(tmp_path):

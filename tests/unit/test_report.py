@@ -16,9 +16,11 @@ import pytest
 from refscale import schema, summary
 from refscale.config import Config
 from refscale.corpus.counts import Counts
+from refscale.corpus.pairs import canonical_json
 from refscale.evaluation.holdout import evaluate_pairs, label_purity
 from refscale.report import plots
 from refscale.report.render import collect, render_html, report_json, turns
+from refscale.report.verdict import verdict
 from refscale.selection import passes
 from refscale.selection.order import keys_of
 from refscale.selection.radix import decide
@@ -48,7 +50,8 @@ class Made:
 
 
 def chat(*turns_):
-    return json.dumps([{"role": role, "content": content} for role, content in turns_])
+    """As a corpus stores it."""
+    return canonical_json([{"role": role, "content": content} for role, content in turns_])
 
 
 def make_run(
@@ -476,10 +479,10 @@ def test_a_browser_runs_nothing_that_a_pair_holds(tmp_path):
 
 
 def test_half_a_surrogate_pair_of_a_chat_message_can_be_written():
-    whole = chat(("user", "half \ud83d pair"))
+    whole = chat(("user", "half pair")).replace("half", r"half \ud83d")
     assert turns(whole) == [("user", "half ? pair")]
     cut = whole[: whole.index("d pair") + 3] + "…"
-    assert turns(cut) == [("user", "half ? p…")]
+    assert turns(cut) == [(None, "half ? p…")]
 
 
 def test_every_stage_of_an_unfinished_run_renders(tmp_path):
@@ -702,12 +705,77 @@ def test_the_same_run_gives_the_same_report(finished):
 
 def test_chats_are_shown_by_role_also_when_they_are_cut_short():
     whole = chat(("user", 'Say "hi"\n'), ("assistant", "hi [{"))
-    assert turns(whole) == [("user", 'Say "hi"\n'), ("assistant", "hi [{")]
+    first = ("user", 'Say "hi"\n')
+    assert turns(whole) == [first, ("assistant", "hi [{")]
+    # The role comes after the text: where that is cut, it is gone.
     cut = whole[: whole.index("hi [") + 2] + "…"
-    assert turns(cut) == [("user", 'Say "hi"\n'), ("assistant", "hi…")]
-    assert turns(whole[: whole.index("\\n") + 1] + "…") == [("user", 'Say "hi"…')]
-    for text in ("plain", "[{not json", '[{"a": 1}]', "[1, 2]", ""):
+    assert turns(cut) == [first, (None, "hi…")]
+    assert turns(whole[: whole.index("\\n") + 1] + "…") == [(None, 'Say "hi"…')]
+    called = canonical_json([{"role": "assistant", "content": "hm\x01", "tool_calls": ["f", "g"]}])
+    assert turns(called[: called.index('"f"') + 2] + "…") == [("assistant", "hm\x01…")]
+    assert turns(called[: called.index("01") + 1] + "…") == [(None, "hm…")]
+    for text in ("plain", "[{not json", '[{"a": 1}]', "[1, 2]", "", '[{"content":"half', "[{cut…"):
         assert turns(text) == [(None, text)]
+
+
+def test_a_cut_at_any_place_loses_no_turn_and_no_text_before_it():
+    said = [("system", "Be \\ brief…"), ("user", 'Say "hi"\n'), ("assistant", "hi")]
+    whole = chat(*said)
+    ends = [whole.index(f'"{role}"}}') + len(f'"{role}"}}') for role, _ in said]
+    shown = {role: set() for role, _ in said}
+    for at in range(1, len(whole)):
+        done = sum(end <= at for end in ends)
+        found = turns(whole[:at] + "…")
+        assert found[:done] == said[:done]
+        [(role, text)] = found[done:]
+        assert text.endswith("…")
+        # The role comes last: it is there where nothing but the brace is missing.
+        assert role == (said[done][0] if at + 1 in ends else None)
+        if text[0] in "[{":  # not a word of it is there
+            assert whole[:at].endswith(text[:-1])
+        elif done < len(said):
+            shown[said[done][0]].add(text[:-1])
+    for role, text in said:
+        assert shown[role] == {text[:i] for i in range(len(text) + 1)}
+
+
+def test_a_long_chat_is_shown_as_text_in_the_page(tmp_path):
+    data = make_run(tmp_path, "select", text="Summarise. " * 400).data()
+    example = data.manifests["selection"]["details"]["examples"]["top"][0]
+    assert example["prompt"].endswith("…") and example["chosen"].endswith("…")
+    page = render_html(data)
+    assert "Summarise. Summarise." in page
+    assert "[{" not in page.partition('id="examples"')[2].partition('id="scoring"')[0]
+
+
+def test_a_run_that_was_evaluated_before_length_was_looked_at_has_its_report(tmp_path):
+    data = make_run(tmp_path).data()
+    page = render_html(data)
+    del data.manifests["evaluation"]["details"]["overall"]["longer_side"]
+    (line,) = set(page.splitlines()) - set(render_html(data).splitlines())
+    assert line.startswith("<p>The policy prefers the longer side in ")
+
+
+@pytest.mark.parametrize(
+    ("share", "shown"),
+    [
+        (0.0, "0 %"),
+        (0.0003, "0.03 %"),
+        (0.004, "0.4 %"),
+        (0.005, "0.5 %"),
+        (0.006, "1 %"),
+        (0.5, "50 %"),
+        (0.994, "99 %"),
+        (0.996, "99.6 %"),
+        (1999 / 2000, "99.95 %"),
+        (1.0, "100 %"),
+    ],
+)
+def test_a_share_in_between_is_neither_nothing_nor_all(share, shown):
+    purity = {name: {"value": share} for name in ("kept", "corpus", "random")}
+    values = {"selection": {}, "training": {}, "evaluation": {"purity": purity}, "stages": []}
+    said = f"Of the kept part, {shown} have the right label; of the corpus, {shown};"
+    assert verdict(values)[0].startswith(said)
 
 
 def test_plots_escape_names_and_survive_single_values():
