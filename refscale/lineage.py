@@ -146,7 +146,9 @@ def require_lineage(manifests: Mapping[str, Mapping[str, Any]]) -> None:
     Raises:
         FingerprintError: Names both folders, and the command that redoes the later one.
     """
-    for stage, reason in stale_stages(manifests).items():
+    stale = stale_stages(manifests)
+    if stale:
+        stage, reason = next(iter(stale.items()))  # the others may be stale because of it
         raise FingerprintError(
             f"{stage}/ was {reason} than the one that is there; redo it with"
             f" `refscale {STAGE_COMMANDS[stage]} --restart`"
